@@ -1,0 +1,123 @@
+"""Fixtures and options shared by all tests: devices, instruction sets, threads, fuzzing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsecnn
+
+ISAS = ("scalar", "avx2", "avx512")
+# What the kernel must name in /proc/cpuinfo before an instruction set may be skipped. Read from
+# the system and not from the package, which is the thing under test.
+_ISA_FLAGS = {
+    "scalar": frozenset[str](),
+    "avx2": frozenset({"avx2", "fma"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the fuzz tests."""
+    group = parser.getgroup("sparsecnn")
+    group.addoption("--fuzz-cases", type=int, default=400, help="random cases per fuzz test")
+    group.addoption("--fuzz-seed", type=int, default=20_000, help="seed of the first random case")
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Feature flags of the first processor as the operating system reports them."""
+    path = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not path.exists():
+        return frozenset()
+    for line in path.read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+@contextlib.contextmanager
+def active_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set; skip where the processor lacks it.
+
+    Args:
+        name: one of `ISAS`.
+
+    Raises:
+        AssertionError: if the processor has it and the kernels do not switch to it.
+    """
+    missing = _ISA_FLAGS[name] - cpu_flags()
+    if missing:
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    before = sparsecnn.isa()
+    sparsecnn.set_isa(name)
+    try:
+        assert sparsecnn.isa() == name, f"asked for {name}, running {sparsecnn.isa()}"
+        yield
+    finally:
+        sparsecnn.set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this processor, one after the other."""
+    with active_isa(request.param):
+        yield request.param
+
+
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not sparsecnn.build_info().get("cuda"):
+        pytest.skip("sparsecnn was built without CUDA kernels")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Both device types; "cuda" is skipped without a GPU or without CUDA kernels."""
+    if request.param == "cuda":
+        _require_cuda()
+    return str(request.param)
+
+
+@pytest.fixture(params=[*(f"cpu-{name}" for name in ISAS), "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Device type of each place a kernel can run: each CPU instruction set, and CUDA."""
+    if request.param == "cuda":
+        _require_cuda()
+        yield "cuda"
+        return
+    with active_isa(request.param.removeprefix("cpu-")):
+        yield "cpu"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def nan_filled_allocations() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN: an output element nobody writes shows.
+
+    Uses torch's deterministic mode, which reaches allocations made inside operators too
+    (`tests/ops/test_reference.py` checks that it does).
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

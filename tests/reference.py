@@ -1,0 +1,220 @@
+"""What the operators have to compute, in float64 and without any code of the package.
+
+Everything here is plain PyTorch in double precision or plain Python loops. It never imports
+`sparsecnn.ops`, so an error in the package cannot hide behind the same error in its reference.
+Letters: N C H W input, K R S filter, P Q output, G groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+
+_ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": lambda y: y.clamp(min=0),
+    "relu6": lambda y: y.clamp(0, 6),
+    "silu": lambda y: y / (1 + torch.exp(-y)),
+    "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
+}
+
+
+def activate(y: Tensor, name: str) -> Tensor:
+    """Apply the activation called `name` to `y`, elementwise.
+
+    Args:
+        y: pre-activations, any shape.
+        name: one of `ACTIVATIONS`.
+
+    Returns:
+        A tensor like `y`.
+    """
+    return _ACTIVATION_FUNCTIONS[name](y)
+
+
+def activate_scalar(y: float, name: str) -> float:
+    """`activate` for one Python float, written out once more for the loop reference."""
+    if name == "none":
+        return y
+    if name == "relu":
+        return max(y, 0.0)
+    if name == "relu6":
+        return min(max(y, 0.0), 6.0)
+    if name == "silu":
+        return y / (1.0 + math.exp(-y))
+    return y * min(max(y + 3.0, 0.0), 6.0) / 6.0
+
+
+def out_extent(size: int, pad_lo: int, pad_hi: int, dilation: int, kernel: int, stride: int) -> int:
+    """Output size of one axis, as every convolution library defines it."""
+    return (size + pad_lo + pad_hi - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def csr_to_dense(values: Tensor, col_idx: Tensor, row_ptr: Tensor, shape: Sequence[int]) -> Tensor:
+    """Expand a CSR weight with plain loops over rows.
+
+    Args:
+        values: stored values (nnz,).
+        col_idx: (nnz,), column (c * R + r) * S + s.
+        row_ptr: (K + 1,).
+        shape: (K, C/G, R, S).
+
+    Returns:
+        The dense weight, float64, of `shape`.
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    dense = torch.zeros(rows, columns, dtype=torch.float64)
+    bounds = row_ptr.tolist()
+    for row in range(rows):
+        for i in range(bounds[row], bounds[row + 1]):
+            dense[row, int(col_idx[i])] += float(values[i])
+    return dense.reshape(tuple(shape))
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(conv(x, weight) + bias + residual)` in float64 on the CPU.
+
+    Args:
+        x: (N, C, H, W), any dtype.
+        weight: dense (K, C/G, R, S), any dtype.
+        bias: (K,) or None.
+        stride: (vertical, horizontal).
+        padding: (top, bottom, left, right) zeros around the image.
+        dilation: (vertical, horizontal).
+        groups: G.
+        activation: one of `ACTIVATIONS`.
+        residual: (N, K, P, Q) or None.
+
+    Returns:
+        (N, K, P, Q), float64.
+    """
+    top, bottom, left, right = padding
+    padded = F.pad(x.detach().cpu().double(), (left, right, top, bottom))
+    y = F.conv2d(
+        padded,
+        weight.detach().cpu().double(),
+        None if bias is None else bias.detach().cpu().double(),
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    )
+    if residual is not None:
+        y = y + residual.detach().cpu().double()
+    return activate(y, activation)
+
+
+def conv2d_magnitude(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Sum of the magnitudes of all terms of each output: what rounding errors scale with.
+
+    Arguments as `conv2d`; returns (N, K, P, Q), float64, no activation.
+    """
+    return conv2d(
+        x.detach().abs(),
+        weight.detach().abs(),
+        None if bias is None else bias.detach().abs(),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=None if residual is None else residual.detach().abs(),
+    )
+
+
+def conv2d_loops(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The definition of `conv2d` as eight nested loops: the reference of the reference.
+
+    Arguments and result as `conv2d`. Cost: N*K*P*Q*C/G*R*S Python steps; keep it tiny.
+    """
+    n_batch, _, height, width = x.shape
+    filters, group_channels, r_size, s_size = weight.shape
+    top, bottom, left, right = padding
+    p_size = out_extent(height, top, bottom, dilation[0], r_size, stride[0])
+    q_size = out_extent(width, left, right, dilation[1], s_size, stride[1])
+    y = torch.empty(n_batch, filters, p_size, q_size, dtype=torch.float64)
+    xs, ws = x.double().tolist(), weight.double().tolist()
+    for n, k, p, q in itertools.product(
+        range(n_batch), range(filters), range(p_size), range(q_size)
+    ):
+        total = 0.0 if bias is None else float(bias[k])
+        total += 0.0 if residual is None else float(residual[n, k, p, q])
+        first = k // (filters // groups) * group_channels
+        for c, r, s in itertools.product(range(group_channels), range(r_size), range(s_size)):
+            h = p * stride[0] - top + r * dilation[0]
+            w = q * stride[1] - left + s * dilation[1]
+            if 0 <= h < height and 0 <= w < width:
+                total += xs[n][first + c][h][w] * ws[k][c][r][s]
+        y[n, k, p, q] = activate_scalar(total, activation)
+    return y
+
+
+def conv2d_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Gradient of the dense weight, by autograd through `F.conv2d` in float64.
+
+    Args:
+        grad_y: (N, K, P, Q).
+        x: (N, C, H, W).
+        weight_shape: (K, C/G, R, S).
+        stride: as `conv2d`; likewise `padding`, `dilation`, `groups`.
+
+    Returns:
+        (K, C/G, R, S), float64.
+    """
+    top, bottom, left, right = padding
+    weight = torch.zeros(tuple(weight_shape), dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(
+        F.pad(x.detach().cpu().double(), (left, right, top, bottom)),
+        weight,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    )
+    (grad,) = torch.autograd.grad(y, weight, grad_y.detach().cpu().double())
+    return grad

@@ -1,0 +1,84 @@
+"""How far a result may be from the float64 reference, derived and not tuned.
+
+A sum of L products accumulated in any order with unit roundoff u differs from the exact sum by at
+most L*u / (1 - L*u) times the sum of the magnitudes of its terms (Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., section 3.1). Storing in a shorter type adds one rounding of the
+result. Activations multiply the error by their Lipschitz constant and add their own rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Largest absolute slope: max |d silu| = 1.0998, max |d hardswish| = 1.5.
+_LIPSCHITZ = {"none": 1.0, "relu": 1.0, "relu6": 1.0, "silu": 1.1, "hardswish": 1.5}
+# Roundings of one evaluation, relative to |pre-activation|: silu needs an exponential, a sum and
+# a quotient (a vector exp is good to about 2 ulp); hardswish three operations.
+_EVALUATION = {"none": 0.0, "relu": 0.0, "relu6": 0.0, "silu": 8.0, "hardswish": 4.0}
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number: the relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are kept in for data of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def conv_bound(
+    magnitude: Tensor, reference: Tensor, terms: int, dtype: torch.dtype, activation: str = "none"
+) -> Tensor:
+    """Largest allowed |result - reference|, elementwise.
+
+    Args:
+        magnitude: sum of the magnitudes of the terms of each output, float64.
+        reference: the exact result after the activation, float64, same shape.
+        terms: L, the largest number of products and addends in one output.
+        dtype: of the data and the result; sums are float32 (float64 for float64).
+        activation: fused activation.
+
+    Returns:
+        float64 tensor like `reference`. Zero where every term is zero.
+    """
+    u = unit_roundoff(accumulator(dtype))
+    # The reference itself is a float64 sum: its own error is counted for float64 results.
+    length = 2 * terms if dtype == torch.float64 else terms
+    bound = _LIPSCHITZ[activation] * length * u / (1 - length * u) * magnitude
+    bound = bound + _EVALUATION[activation] * u * magnitude
+    if accumulator(dtype) != dtype:
+        bound = bound + unit_roundoff(dtype) * (reference.abs() + bound)
+        # Below the normal range a rounding is absolute.
+        bound = bound + torch.finfo(dtype).smallest_normal * (magnitude > 0)
+    return bound
+
+
+def assert_within(actual: Tensor, reference: Tensor, bound: Tensor, what: str) -> None:
+    """Fail unless |actual - reference| <= bound everywhere; NaN and infinity fail.
+
+    Args:
+        actual: result under test.
+        reference: float64, same shape.
+        bound: float64, same shape.
+        what: named in the message, usually the test case.
+
+    Raises:
+        AssertionError: with the worst element, its index, both values and the bound.
+    """
+    assert actual.shape == reference.shape, f"{what}: {actual.shape} != {reference.shape}"
+    if actual.numel() == 0:
+        return
+    error = (actual.detach().cpu().double() - reference).abs()
+    excess = torch.nan_to_num(error - bound, nan=float("inf"))
+    if bool((excess <= 0).all()):
+        return
+    worst = int(excess.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), reference.shape))
+    bad = int((excess > 0).sum())
+    raise AssertionError(
+        f"{what}: {bad} of {error.numel()} elements out of bound; worst at {index}: "
+        f"got {actual[index].item()}, want {reference[index].item()}, "
+        f"bound {bound[index].item():.3g}"
+    )
