@@ -1,0 +1,44 @@
+// One plain parameter block per op: what the glue fills and the kernels read. No ownership; every
+// pointer outlives the call. Strides are never stored: a tensor is either NCHW-contiguous or
+// channels-last-contiguous (kNHWC), and input, residual and output always share the layout.
+#pragma once
+#include <cstdint>
+
+#include "core/activation.h"
+#include "core/conv_shape.h"
+
+namespace sparsecnn {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum class Layout : int32_t { kNCHW = 0, kNHWC = 1 };
+
+// y = activation(conv(x, W) + bias + residual), W in CSR over its lowered matrix
+// (K, C/G * R * S). Accumulation is float32 (float64 for float64 data), columns ascending.
+struct CsrConv2dParams {
+  ConvShape shape;
+  DType dtype;            // of x, values, bias, residual and y
+  Layout layout;          // of x, residual and y
+  Activation activation;
+  const void* x;          // (N, C, H, W)
+  const void* values;     // (nnz)
+  const int32_t* col_idx; // (nnz), ascending within a row
+  const int32_t* row_ptr; // (K + 1)
+  const void* bias;       // (K) or null
+  const void* residual;   // like y, or null
+  void* y;                // (N, K, P, Q)
+};
+
+// grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]
+// for the i-th stored position (k, c, r, s): a sampled product, dense only in the activations.
+struct CsrConv2dGradValuesParams {
+  ConvShape shape;
+  DType dtype;            // of x, grad_y and grad_values
+  Layout layout;          // of x and grad_y
+  const void* x;          // (N, C, H, W)
+  const void* grad_y;     // (N, K, P, Q)
+  const int32_t* col_idx; // (nnz)
+  const int32_t* row_ptr; // (K + 1)
+  void* grad_values;      // (nnz)
+};
+
+}  // namespace sparsecnn

@@ -1,0 +1,36 @@
+// The kernels of one instruction set, and the choice of the set. The glue calls kernels() once per
+// op call; inside a kernel nothing is dispatched any more.
+#pragma once
+#include <cstdint>
+
+#include "core/params.h"
+#include "cpu/csr_plan.h"
+
+namespace sparsecnn::cpu {
+
+struct KernelTable {
+  const char* isa;
+  CsrMachine csr_float;    // float32 and bfloat16 storage
+  CsrMachine csr_double;   // float64 storage
+  // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
+  void (*csr_conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end,
+                     void* scratch);
+  // Stored positions [begin, end); NCHW only.
+  void (*csr_conv2d_grad_values)(const CsrConv2dGradValuesParams&, int64_t begin, int64_t end);
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+// The table in force: the best set that processor and operating system support, unless
+// SPARSECNN_ISA or set_isa() lowered it.
+const KernelTable& kernels();
+
+// False (and no change) when the name is unknown or the machine cannot run it.
+bool set_isa(const char* name);
+bool isa_is_supported(const char* name);
+
+}  // namespace sparsecnn::cpu

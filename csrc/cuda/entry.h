@@ -1,0 +1,18 @@
+// What the glue may call of the CUDA side: one launcher per op. No torch, no CUDA header: a stream
+// travels as void* and an error as the integer value of cudaError_t (0 = success).
+#pragma once
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace sparsecnn::cuda {
+
+// All pointers are device pointers; work is enqueued on `stream`, nothing is allocated and the
+// host does not wait, so every launcher may be captured into a CUDA graph.
+int32_t csr_conv2d(const CsrConv2dParams& params, void* stream);
+int32_t csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, void* stream);
+
+// Text of an error returned by a launcher.
+const char* error_string(int32_t error);
+
+}  // namespace sparsecnn::cuda

@@ -1,0 +1,92 @@
+// Checks and small conversions shared by the ops' glue. Everything here runs before any work; the
+// Python layer raises the same conditions as ValueError / TypeError with the value in the message,
+// so what is left for this file is what keeps a direct torch.ops call from touching foreign memory.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/params.h"
+
+namespace sparsecnn::ops {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected x float32, float16, bfloat16 or float64, got scalar type ",
+                      static_cast<int>(t.scalar_type()));
+  }
+  return DType::kFloat32;
+}
+
+inline Activation activation_of(const std::string& name, const char* op) {
+  for (int32_t i = 0; i < kActivationCount; ++i) {
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  }
+  STD_TORCH_CHECK(false, op,
+                  ": expected activation none, relu, relu6, silu or hardswish, got '", name, "'");
+  return Activation::kNone;
+}
+
+// Whether strides are those of a dense tensor whose dimensions nest in `order` (outermost first);
+// a dimension of size 1 may have any stride.
+inline bool is_dense_in_order(const Tensor& t, const int (&order)[4]) {
+  if (t.numel() == 0) return order[1] == 1;
+  int64_t expected = 1;
+  for (int i = 3; i >= 0; --i) {
+    const int64_t size = t.size(order[i]);
+    if (size != 1 && t.stride(order[i]) != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// The layout an op works in: NCHW when x is contiguous, NHWC when only channels_last, and NCHW
+// after a copy otherwise.
+inline Layout layout_of(const Tensor& x) {
+  constexpr int nchw[4] = {0, 1, 2, 3}, nhwc[4] = {0, 2, 3, 1};
+  if (is_dense_in_order(x, nchw)) return Layout::kNCHW;
+  return is_dense_in_order(x, nhwc) ? Layout::kNHWC : Layout::kNCHW;
+}
+
+inline Tensor to_layout(const Tensor& t, Layout layout) {
+  constexpr int nchw[4] = {0, 1, 2, 3}, nhwc[4] = {0, 2, 3, 1};
+  if (layout == Layout::kNHWC) {
+    if (t.numel() != 0 && is_dense_in_order(t, nhwc)) return t;
+    return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  }
+  if (is_dense_in_order(t, nchw)) return t;
+  return torch::stable::contiguous(t, MemoryFormat::Contiguous);
+}
+
+inline Tensor empty_like_layout(const Tensor& x, const std::vector<int64_t>& size, Layout layout) {
+  return torch::stable::empty(
+      size, x.scalar_type(), torch::headeronly::Layout::Strided, x.device(), false,
+      layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline void check_same(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": expected ", name,
+                  " of the dtype of x (scalar type ", static_cast<int>(x.scalar_type()),
+                  "), got scalar type ", static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on the device of x");
+}
+
+}  // namespace sparsecnn::ops

@@ -1,0 +1,5 @@
+"""Packed weight formats: dense to packed and back, validated once."""
+
+from sparsecnn.formats.csr import CSRWeight
+
+__all__ = ["CSRWeight"]

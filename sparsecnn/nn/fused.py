@@ -1,0 +1,69 @@
+"""Dense convolution with its activation: what a conv + BN + activation becomes when it stays dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecnn.nn._common import check_activation, inherit
+
+
+def activate_(y: Tensor, activation: str) -> Tensor:
+    """Apply an activation in place where autograd allows it."""
+    if activation == "none":
+        return y
+    inplace = not (torch.is_grad_enabled() and y.requires_grad)
+    if activation == "relu":
+        return F.relu(y, inplace=inplace)
+    if activation == "relu6":
+        return F.relu6(y, inplace=inplace)
+    if activation == "silu":
+        return F.silu(y, inplace=inplace)
+    return F.hardswish(y, inplace=inplace)
+
+
+class FusedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` followed by an activation, in one module.
+
+    Same arguments and parameters as ``nn.Conv2d``; ``activation`` is one of ``none``, ``relu``,
+    ``relu6``, ``silu``, ``hardswish``.
+    """
+
+    def __init__(self, *args: Any, activation: str = "none", **kwargs: Any) -> None:
+        check_activation("FusedConv2d", activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, *, activation: str = "none") -> FusedConv2d:
+        """Take over a convolution: its parameters are shared, hooks and flags kept."""
+        check_activation("FusedConv2d", activation)
+        self = cls.__new__(cls)
+        self.__dict__.update(conv.__dict__)
+        self._parameters = conv._parameters.copy()
+        self._buffers = conv._buffers.copy()
+        self._modules = conv._modules.copy()
+        inherit(self, conv)
+        self.activation = activation
+        return self
+
+    def to_dense(self) -> nn.Conv2d:
+        """The plain convolution, sharing the parameters; the activation is not in it."""
+        conv = nn.Conv2d.__new__(nn.Conv2d)
+        conv.__dict__.update({k: v for k, v in self.__dict__.items() if k != "activation"})
+        conv._parameters = self._parameters.copy()
+        conv._buffers = self._buffers.copy()
+        conv._modules = self._modules.copy()
+        inherit(conv, self)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, K, P, Q)``."""
+        return activate_(super().forward(x), self.activation)
+
+    def extra_repr(self) -> str:
+        """Arguments of the convolution, then the activation."""
+        return f"{super().extra_repr()}, activation={self.activation}"

@@ -1,0 +1,51 @@
+"""The memory format a whole model runs in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class _InputLayout:
+    """Forward pre-hook that brings 4-d inputs into one memory format; a class so that it pickles."""
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            a.contiguous(memory_format=LAYOUTS[self.layout])
+            if isinstance(a, Tensor) and a.dim() == 4
+            else a
+            for a in args
+        )
+
+
+def apply_layout_(model: nn.Module, layout: str) -> nn.Module:
+    """Make a model run in one memory format, in place.
+
+    Dense 4-d parameters are stored in the format, and a forward pre-hook on the model converts its
+    4-d inputs; from there on the layers propagate it. A second call replaces the first.
+
+    Args:
+        model: any module.
+        layout: ``"contiguous"`` or ``"channels_last"``.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"apply_layout_: expected layout one of {', '.join(LAYOUTS)}, got {layout!r}"
+        )
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _InputLayout):
+            del model._forward_pre_hooks[key]
+    model.to(memory_format=LAYOUTS[layout])
+    model.register_forward_pre_hook(_InputLayout(layout))
+    model._sparsecnn_layout = layout  # type: ignore[assignment]
+    return model

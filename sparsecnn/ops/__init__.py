@@ -1,0 +1,5 @@
+"""Functional ops: one file per op, with its fake, autograd, autocast and FLOP formula."""
+
+from sparsecnn.ops.csr_conv2d import csr_conv2d, csr_linear
+
+__all__ = ["csr_conv2d", "csr_linear"]

@@ -1,0 +1,386 @@
+"""``csr_conv2d``: convolution with an unstructured sparse weight in CSR.
+
+``y = act(conv(x, W) + bias + residual)``: direct sparse convolution in the sense of Park et al.,
+"Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017. The cost is
+``2 * nnz * N * P * Q`` FLOPs; no lowered copy of the input is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
+from sparsecnn.formats.csr import CSRWeight
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+_OP = "csr_conv2d"
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < low for v in pair):
+        raise ValueError(f"{_OP}: expected {name} an int or a pair of ints >= {low}, got {value!r}")
+    return pair
+
+
+def resolve_padding(
+    padding: int | Sequence[int] | str, kernel_size: Sequence[int], dilation: Sequence[int],
+    stride: Sequence[int],
+) -> list[int]:
+    """Padding as ``[top, bottom, left, right]``.
+
+    Args:
+        padding: an int, ``(h, w)``, ``(top, bottom, left, right)``, ``"same"`` or ``"valid"``.
+        kernel_size: ``(R, S)``.
+        dilation: two ints.
+        stride: two ints; ``"same"`` needs 1.
+
+    Raises:
+        ValueError: anything else, a negative pad, or ``"same"`` with a stride.
+    """
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if padding != "same":
+            raise ValueError(f"{_OP}: expected padding 'same' or 'valid', got {padding!r}")
+        if any(s != 1 for s in stride):
+            raise ValueError(f"{_OP}: expected stride 1 with padding 'same', got {tuple(stride)}")
+        out = []
+        for k, d in zip(kernel_size, dilation, strict=True):
+            total = d * (k - 1)
+            out += [total // 2, total - total // 2]
+        return out
+    pads = [padding] * 4 if isinstance(padding, int) else list(padding)
+    if len(pads) == 2:
+        pads = [pads[0], pads[0], pads[1], pads[1]]
+    if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
+        raise ValueError(
+            f"{_OP}: expected padding an int, 2 or 4 ints >= 0, 'same' or 'valid', got {padding!r}"
+        )
+    return pads
+
+
+def _extent(size: Any, lo: int, hi: int, dilation: int, kernel: int, stride: int) -> Any:
+    return (size + lo + hi - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check(
+    x: Tensor, weight: CSRWeight, bias: Tensor | None, residual: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str,
+) -> None:
+    if not isinstance(weight, CSRWeight):
+        raise TypeError(
+            f"{_OP}: expected weight a CSRWeight, got {type(weight).__name__}; "
+            "pack a dense weight with CSRWeight.from_dense"
+        )
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{_OP}: expected x of shape (N, C, H, W), got {got}")
+    k, cg, r, s = weight.shape
+    if not isinstance(groups, int) or groups < 1 or k % groups:
+        raise ValueError(
+            f"{_OP}: expected groups a positive divisor of K = {k}, got {groups!r}"
+        )
+    if x.shape[1] != cg * groups:
+        raise ValueError(
+            f"{_OP}: expected x with {cg * groups} channels (weight {tuple(weight.shape)}, "
+            f"groups {groups}), got {x.shape[1]}"
+        )
+    legal = _CUDA_DTYPES if x.device.type == "cuda" else _CPU_DTYPES
+    if x.dtype not in legal:
+        names = ", ".join(str(d).removeprefix("torch.") for d in legal)
+        raise TypeError(
+            f"{_OP}: expected x of dtype {names} on {x.device.type}, got {x.dtype}; "
+            "convert the layer and its input"
+        )
+    tensors = {"weight.values": weight.values, "bias": bias, "residual": residual}
+    for name, t in tensors.items():
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{_OP}: expected {name} of the dtype of x, {x.dtype}, got {t.dtype}")
+    tensors |= {"weight.col_idx": weight.col_idx, "weight.row_ptr": weight.row_ptr}
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(
+                f"{_OP}: expected {name} on the device of x, {x.device}, got {t.device}"
+            )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{_OP}: expected activation one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    if bias is not None and tuple(bias.shape) != (k,):
+        raise ValueError(f"{_OP}: expected bias of shape ({k},), got {tuple(bias.shape)}")
+    p = _extent(x.shape[2], padding[0], padding[1], dilation[0], r, stride[0])
+    q = _extent(x.shape[3], padding[2], padding[3], dilation[1], s, stride[1])
+    if p < 1 or q < 1:
+        raise ValueError(
+            f"{_OP}: expected a kernel that fits the padded input, got kernel ({r}, {s}), "
+            f"dilation {tuple(dilation)}, padding {tuple(padding)} on "
+            f"({x.shape[2]}, {x.shape[3]})"
+        )
+    if residual is not None and tuple(residual.shape) != (x.shape[0], k, p, q):
+        raise ValueError(
+            f"{_OP}: expected residual of the output's shape {(x.shape[0], k, p, q)}, "
+            f"got {tuple(residual.shape)}"
+        )
+
+
+def csr_conv2d(
+    x: Tensor,
+    weight: CSRWeight,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """2-d convolution with a sparse weight, fused with bias, residual and activation.
+
+    ``y = act(conv(x, W) + bias + residual)``.
+
+    Args:
+        x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first.
+            float32, bfloat16 or float64 on the CPU; float32, float16 or bfloat16 on CUDA.
+        weight: ``(K, C/G, R, S)`` in CSR, values of the dtype of ``x``.
+        bias: ``(K,)``.
+        stride: one or two ints.
+        padding: int, ``(h, w)``, ``(top, bottom, left, right)``, ``"same"`` or ``"valid"``.
+        dilation: one or two ints.
+        groups: divides C and K.
+        activation: ``none``, ``relu``, ``relu6``, ``silu`` or ``hardswish``.
+        residual: like the output, added before the activation.
+
+    Returns:
+        ``(N, K, P, Q)`` in the memory format of ``x``.
+
+    Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the
+    filter's L nonzeros, so the error is at most ``L * eps * conv(|x|, |W|)``; the result is bitwise
+    the same at any thread count. Cost: ``2 * nnz * N * P * Q`` FLOPs.
+
+    Raises:
+        ValueError: a shape, device or option that does not fit; names it and the value.
+        TypeError: a dtype that is not supported or does not match.
+    """
+    r, s = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
+    stride_, dilation_ = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    padding_ = resolve_padding(padding, (r, s), dilation_, stride_)
+    _check(x, weight, bias, residual, stride_, padding_, dilation_, groups, activation)
+    y: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
+        x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, [r, s], stride_,
+        padding_, dilation_, groups, activation,
+    )
+    return y
+
+
+def csr_linear(
+    x: Tensor, weight: CSRWeight, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """Linear layer with a sparse weight: ``act(x W^T + bias)`` through ``csr_conv2d``.
+
+    The rows of ``x`` are the pixels of a channels_last 1x1 convolution.
+
+    Args:
+        x: ``(..., I)``.
+        weight: shape ``(O, I, 1, 1)``.
+        bias: ``(O,)``.
+        activation: as in ``csr_conv2d``.
+
+    Returns:
+        ``(..., O)``.
+
+    Raises:
+        ValueError: ``x`` has another number of features than the weight; else as ``csr_conv2d``.
+        TypeError: as ``csr_conv2d``.
+    """
+    o, i = weight.shape[:2]
+    if x.dim() < 1 or x.shape[-1] != i:
+        raise ValueError(f"csr_linear: expected x of shape (..., {i}), got {tuple(x.shape)}")
+    rows = x.reshape(-1, i)
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], o))
+    image = rows[None, None].permute(0, 3, 1, 2)
+    y = csr_conv2d(image, weight, bias, activation=activation)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], o)
+
+
+# ---- fake, FLOPs, autocast -----------------------------------------------------------------------
+
+
+@torch.library.register_fake("sparsecnn::csr_conv2d")
+def _fake(
+    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None,
+    residual: Tensor | None, kernel_size: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, activation: str,
+) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
+    torch._check(
+        values.shape[0] == col_idx.shape[0],
+        lambda: f"{_OP}: expected values and col_idx of one length, got {values.shape[0]} and "
+        f"{col_idx.shape[0]}",
+    )
+    n, _, h, w = x.shape
+    p = _extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
+    q = _extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (n, row_ptr.shape[0] - 1, p, q), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+@torch.library.register_fake("sparsecnn::csr_conv2d_grad_values")
+def _fake_grad_values(
+    grad_y: Tensor, x: Tensor, col_idx: Tensor, row_ptr: Tensor, kernel_size: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:
+    return x.new_empty(col_idx.shape)
+
+
+@register_flop_formula(torch.ops.sparsecnn.csr_conv2d)
+def _flops(x_shape: Any, values_shape: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    n, _, p, q = out_shape
+    return int(2 * values_shape[0] * n * p * q)
+
+
+@register_flop_formula(torch.ops.sparsecnn.csr_conv2d_grad_values)
+def _flops_grad_values(
+    grad_y_shape: Any, x_shape: Any, col_idx_shape: Any, *args: Any, out_shape: Any = None,
+    **kw: Any,
+) -> int:
+    n, _, p, q = grad_y_shape
+    return int(2 * col_idx_shape[0] * n * p * q)
+
+
+torch.library.register_autocast("sparsecnn::csr_conv2d", "cpu", torch.bfloat16)
+torch.library.register_autocast("sparsecnn::csr_conv2d", "cuda", torch.float16)
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def transpose_csr(
+    col_idx: Tensor, row_ptr: Tensor, channels_per_group: int, kernel_size: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the weight of the input gradient: filters and channels swapped, taps flipped.
+
+    Returns:
+        ``(permutation, col_idx, row_ptr)`` of the transposed weight ``(C, K/G, R, S)``; its values
+        are ``values[permutation]``. Cost: one sort of nnz keys.
+    """
+    k = row_ptr.shape[0] - 1
+    r, s = kernel_size
+    taps = r * s
+    rows = CSRWeight(col_idx, col_idx, row_ptr, (k, channels_per_group, r, s)).row_indices()
+    columns = col_idx.long()
+    kg = max(k // groups, 1)
+    row_t = rows // kg * channels_per_group + columns // taps
+    col_t = rows % kg * taps + (taps - 1 - columns % taps)
+    permutation = torch.argsort(row_t * (kg * taps) + col_t)
+    counts = torch.zeros(channels_per_group * groups + 1, dtype=torch.int64, device=col_idx.device)
+    counts = counts.scatter_add(0, row_t + 1, torch.ones_like(row_t))
+    return permutation, col_t[permutation].to(torch.int32), counts.cumsum(0).to(torch.int32)
+
+
+def _grad_input(
+    grad: Tensor, x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:
+    """Gradient for x: a stride-1 csr_conv2d of the zero-stuffed gradient with the transpose."""
+    (_, c, h, w), (n, k, p, q) = x.shape, grad.shape
+    permutation, col_t, row_t = transpose_csr(col_idx, row_ptr, c // groups, kernel_size, groups)
+    if stride != [1, 1]:
+        up = grad.new_zeros((n, k, (p - 1) * stride[0] + 1, (q - 1) * stride[1] + 1))
+        if not grad.is_contiguous():
+            up = up.contiguous(memory_format=torch.channels_last)
+        up[:, :, :: stride[0], :: stride[1]] = grad
+        grad = up
+    reach = [dilation[0] * (kernel_size[0] - 1), dilation[1] * (kernel_size[1] - 1)]
+    top, left = reach[0] - padding[0], reach[1] - padding[2]
+    pads = [
+        top, h - grad.shape[2] - top + reach[0],
+        left, w - grad.shape[3] - left + reach[1],
+    ]  # fmt: skip
+    out: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
+        grad, values[permutation], col_t, row_t, None, None, kernel_size, [1, 1], pads, dilation,
+        groups, "none",
+    )
+    return out
+
+
+def _activation_slope(activation: str, y: Tensor, z: Tensor | None) -> Tensor:
+    """Derivative of the activation, from its output y (relu, relu6) or its input z."""
+    if activation == "relu":
+        return (y > 0).to(y.dtype)
+    if activation == "relu6":
+        return ((y > 0) & (y < 6)).to(y.dtype)
+    assert z is not None
+    if activation == "silu":
+        sigmoid = torch.sigmoid(z)
+        return sigmoid * (1 + z * (1 - sigmoid))
+    slope = torch.where(z < -3, torch.zeros_like(z), z / 3 + 0.5)
+    return torch.where(z > 3, torch.ones_like(z), slope)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, col_idx, row_ptr, bias, residual, *geometry, activation = inputs
+    by_output = activation in ("relu", "relu6")
+    ctx.save_for_backward(
+        x, values, col_idx, row_ptr, bias,
+        residual if activation in ("silu", "hardswish") else None, output if by_output else None,
+    )
+    ctx.geometry, ctx.activation = geometry, activation
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, col_idx, row_ptr, bias, residual, y = ctx.saved_tensors
+    if ctx.activation != "none":
+        z = None
+        if y is None:  # silu and hardswish: the input of the activation is computed again
+            z = torch.ops.sparsecnn.csr_conv2d.default(
+                x, values, col_idx, row_ptr, bias, residual, *ctx.geometry, "none"
+            )
+        grad = grad * _activation_slope(ctx.activation, y, z)
+    need = ctx.needs_input_grad
+    grad_x = _grad_input(grad, x, values, col_idx, row_ptr, *ctx.geometry) if need[0] else None
+    grad_values = None
+    if need[1]:
+        grad_values = torch.ops.sparsecnn.csr_conv2d_grad_values.default(
+            grad, x, col_idx, row_ptr, *ctx.geometry
+        )
+    grad_bias = grad.sum((0, 2, 3)) if need[4] else None
+    grad_residual = grad if need[5] else None
+    return grad_x, grad_values, None, None, grad_bias, grad_residual, *([None] * 6)
+
+
+def _setup_grad_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_y, x, col_idx, row_ptr, *geometry = inputs
+    ctx.save_for_backward(grad_y, x, col_idx, row_ptr)
+    ctx.geometry = geometry
+
+
+def _backward_grad_values(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    grad_y, x, col_idx, row_ptr = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grad_grad_y = None
+    if need[0]:
+        grad_grad_y = torch.ops.sparsecnn.csr_conv2d.default(
+            x, g, col_idx, row_ptr, None, None, *ctx.geometry, "none"
+        )
+    grad_x = _grad_input(grad_y, x, g, col_idx, row_ptr, *ctx.geometry) if need[1] else None
+    return grad_grad_y, grad_x, *([None] * 7)
+
+
+torch.library.register_autograd("sparsecnn::csr_conv2d", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "sparsecnn::csr_conv2d_grad_values", _backward_grad_values, setup_context=_setup_grad_values
+)
