@@ -1,0 +1,347 @@
+// Runs SIMT kernels on the host, to test their logic without a GPU: one OS thread, one block at a
+// time, one ucontext fiber per CUDA thread.
+//
+// A warp runs until all its lanes wait at a block barrier or have ended, then the next warp runs:
+// a missing __syncthreads lets a warp read what others have not written, and dynamic shared memory
+// starts each block full of NaN, so the fault shows. CUDA_EMU_ORDER picks the order of warps and
+// lanes: 0 ascending, 1 descending, 2 shuffled (fixed seed). Reported as errors: lanes of a warp at
+// different collectives, a mask that names an exited lane, threads at different barriers, a block
+// barrier that some threads never reach, an illegal launch configuration.
+//
+// A logic test, no proof: no memory model, no alignment faults, no races between blocks, no PTX.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+namespace emu {
+
+// What the pretended device offers: tests set it to steer the launchers' choices.
+struct Device {
+  int sm_count = 4;
+  int smem_optin_bytes = 227 * 1024;
+  int smem_granted_bytes = 48 * 1024;  // raised by cudaFuncSetAttribute, until the next launch
+  int64_t launches = 0;
+  std::string kernel;  // the last one launched, as spelled by the launcher
+};
+inline Device& device() {
+  static Device d;
+  return d;
+}
+
+[[noreturn]] inline void fail(const std::string& what) {
+  throw std::runtime_error("cuda_emu: " + what);
+}
+
+enum class State { kRun, kBlockBarrier, kWarpCollective, kDone };
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state;
+  dim3 index;
+  unsigned linear, mask;
+  const void* site;          // which collective or barrier it waits at
+  uint64_t value, seen[32];  // what it brought, what the others brought
+};
+
+struct Simulator {
+  dim3 grid, block, block_index;
+  std::vector<Thread> threads;
+  Thread* current = nullptr;
+  ucontext_t scheduler;
+  std::vector<float> smem;
+  std::function<void()> body;
+  std::string error;
+  int any_predicate = 0, any_result = 0;  // of __syncthreads_or
+};
+inline Simulator& sim() {
+  static Simulator s;
+  return s;
+}
+
+inline void wait(State state) {
+  Thread* self = sim().current;
+  self->state = state;
+  swapcontext(&self->context, &sim().scheduler);
+}
+
+inline void fiber() {
+  try {
+    sim().body();
+  } catch (const std::exception& e) {
+    sim().error = e.what();
+  }
+  wait(State::kDone);
+}
+
+// Exchanges the values of one warp collective if all lanes of the mask have arrived.
+inline bool complete_collective(Thread* warp, unsigned lanes, unsigned lane) {
+  const unsigned mask = warp[lane].mask;
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (l >= lanes || warp[l].state == State::kDone) fail("mask names a lane that has exited");
+    if (warp[l].state != State::kWarpCollective || warp[l].mask != mask) return false;
+    if (warp[l].site != warp[lane].site) fail("lanes of one mask at different collectives");
+  }
+  for (unsigned a = 0; a < 32; ++a) {
+    if (!(mask >> a & 1)) continue;
+    for (unsigned b = 0; b < 32; ++b)
+      warp[a].seen[b] = mask >> b & 1 ? warp[b].value : 0x7ff8dead7fc0deadull;
+  }
+  for (unsigned a = 0; a < 32; ++a)
+    if (mask >> a & 1) warp[a].state = State::kRun;
+  return true;
+}
+
+// Runs one warp until no lane of it can go on.
+inline void run_warp(Simulator& s, unsigned first, int order, std::mt19937& random) {
+  const unsigned lanes = std::min<unsigned>(32, s.threads.size() - first);
+  Thread* warp = &s.threads[first];
+  unsigned sequence[32];
+  for (unsigned l = 0; l < lanes; ++l) sequence[l] = order == 1 ? lanes - 1 - l : l;
+  for (bool progress = true; progress;) {
+    progress = false;
+    if (order == 2) std::shuffle(sequence, sequence + lanes, random);
+    for (unsigned i = 0; i < lanes; ++i) {
+      Thread& t = warp[sequence[i]];
+      if (t.state != State::kRun) continue;
+      s.current = &t;
+      swapcontext(&s.scheduler, &t.context);
+      progress = true;
+      if (!s.error.empty()) throw std::runtime_error(s.error);
+    }
+    for (unsigned l = 0; l < lanes; ++l)
+      if (warp[l].state == State::kWarpCollective && complete_collective(warp, lanes, l))
+        progress = true;
+  }
+}
+
+inline void run_block(Simulator& s, int order, std::mt19937& random) {
+  const unsigned n = s.threads.size();
+  if (!s.smem.empty()) std::memset(s.smem.data(), 0xff, s.smem.size() * sizeof(float));
+  std::vector<unsigned> warps;
+  for (unsigned i = 0; i < n; ++i) {
+    Thread& t = s.threads[i];
+    t.linear = i;
+    t.state = State::kRun;
+    t.index = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.data();
+    t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, fiber, 0);
+    if (i % 32 == 0) warps.push_back(i);
+  }
+  if (order == 1) std::reverse(warps.begin(), warps.end());
+  s.any_predicate = 0;
+  for (;;) {
+    if (order == 2) std::shuffle(warps.begin(), warps.end(), random);
+    for (unsigned first : warps) run_warp(s, first, order, random);
+    unsigned done = 0, waiting = 0;
+    const void* site = nullptr;
+    for (const Thread& t : s.threads) {
+      done += t.state == State::kDone;
+      if (t.state != State::kBlockBarrier) continue;
+      if (waiting++ && t.site != site) fail("__syncthreads from different places");
+      site = t.site;
+    }
+    if (done == n) return;
+    if (waiting != n) fail("deadlock: a barrier or a collective that some threads never reach");
+    for (Thread& t : s.threads) t.state = State::kRun;
+    s.any_result = s.any_predicate;
+    s.any_predicate = 0;
+  }
+}
+
+template <class F>
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body) {
+  Simulator& s = sim();
+  Device& d = device();
+  const char* order = getenv("CUDA_EMU_ORDER");
+  std::mt19937 random(1);
+  const unsigned n = block.x * block.y * block.z;
+  const bool too_much = smem_bytes > static_cast<size_t>(d.smem_granted_bytes);
+  d.smem_granted_bytes = 48 * 1024;
+  if (!n || n > 1024 || !grid.x || grid.x > 2147483647u || !grid.y || grid.y > 65535 || !grid.z ||
+      grid.z > 65535)
+    fail("illegal launch configuration");
+  if (too_much) fail("more dynamic shared memory than granted");
+  ++d.launches;
+  d.kernel = kernel;
+  s.grid = grid;
+  s.block = block;
+  s.body = body;
+  s.error.clear();
+  s.smem.assign((smem_bytes + 3) / 4, 0.f);
+  s.smem.shrink_to_fit();
+  s.threads.resize(n);
+  for (Thread& t : s.threads) t.stack.resize(64 << 10);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        s.block_index = dim3(x, y, z);
+        run_block(s, order ? atoi(order) : 0, random);
+      }
+}
+
+inline __attribute__((noinline)) void barrier() {
+  sim().current->site = __builtin_return_address(0);
+  wait(State::kBlockBarrier);
+}
+
+inline __attribute__((noinline)) int barrier_or(int predicate) {
+  sim().any_predicate |= predicate != 0;
+  sim().current->site = __builtin_return_address(0);
+  wait(State::kBlockBarrier);
+  return sim().any_result;
+}
+
+// A warp collective: every lane of the mask brings a value and leaves with all of them.
+template <class T>
+void exchange(unsigned mask, T value, const void* site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Thread* self = sim().current;
+  self->site = site;
+  self->mask = mask;
+  self->value = 0;
+  std::memcpy(&self->value, &value, sizeof value);
+  if (!(mask >> (self->linear & 31) & 1)) fail("calling lane not in mask");
+  wait(State::kWarpCollective);
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source, const void* site) {
+  exchange(mask, value, site);
+  T result;
+  std::memcpy(&result, &sim().current->seen[source & 31], sizeof result);
+  return result;
+}
+
+inline unsigned ballot(unsigned mask, int predicate, const void* site) {
+  exchange(mask, predicate != 0, site);
+  unsigned bits = 0;
+  for (unsigned l = 0; l < 32; ++l)
+    if (mask >> l & 1 && sim().current->seen[l]) bits |= 1u << l;
+  return bits;
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::sim().current->index)
+#define blockIdx (emu::sim().block_index)
+#define blockDim (emu::sim().block)
+#define gridDim (emu::sim().grid)
+#define EMU_SITE                 \
+  [] {                           \
+    static int site;             \
+    return (const void*)(&site); \
+  }()
+#define EMU_LANE (emu::sim().current->linear & 31)
+#define __syncthreads() emu::barrier()
+#define __syncthreads_or(predicate) emu::barrier_or(predicate)
+#define __syncwarp() emu::exchange(~0u, 0, EMU_SITE)
+#define __ballot_sync(mask, predicate) emu::ballot(mask, predicate, EMU_SITE)
+#define __shfl_sync(mask, value, lane) emu::shuffle(mask, value, lane, EMU_SITE)
+#define __shfl_xor_sync(mask, value, lanes) \
+  emu::shuffle(mask, value, EMU_LANE ^ static_cast<unsigned>(lanes), EMU_SITE)
+#define __popc(bits) __builtin_popcount(bits)
+#define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(emu::sim().smem.data())
+#define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
+  ((void)(stream), emu::launch(#kernel, grid, block, smem_bytes, [&] { kernel(__VA_ARGS__); }))
+
+// Host side of the runtime, as far as launchers use it.
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::device().sm_count
+                                                       : emu::device().smem_optin_bytes;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+  if (value > emu::device().smem_optin_bytes) return cudaErrorInvalidValue;
+  emu::device().smem_granted_bytes = value;
+  return cudaSuccess;
+}
+
+// The two 16-bit storage types, by integer arithmetic: no toolkit header and no F16C needed.
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (std::isnan(f)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float __half2float(__half v) {
+  const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  float f;
+  if (exponent == 31)
+    f = mantissa ? NAN : INFINITY;
+  else if (exponent == 0)
+    f = std::ldexp(static_cast<float>(mantissa), -24);
+  else
+    f = std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+  return v.bits >> 15 ? -f : f;
+}
+
+inline __half __float2half_rn(float f) {
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  const float magnitude = std::fabs(f);
+  if (std::isnan(f)) return {0x7fff};
+  if (magnitude >= 65520.f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  // In units of the last place of its binade (never below 2^-24), rounded half to even.
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  // A subnormal has no implicit 1; a carry into the next binade is what addition does anyway.
+  return {static_cast<uint16_t>(sign | (units + ((exponent + 14) << 10)))};
+}
