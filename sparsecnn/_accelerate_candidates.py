@@ -1,0 +1,342 @@
+"""What may replace a layer, one table entry per kernel, and the measured choice between them.
+
+A kernel joins `accelerate` by one `Candidate` in `CANDIDATES`: whether it applies to a layer (the
+reason when not) and how to build the layer. Dense is no entry: it is always a candidate, in both
+memory layouts, and wins ties.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ._accelerate_copy import LAYOUTS, MEMORY_FORMATS, in_layout
+from ._accelerate_fold import crop_input, rounding, term_magnitude
+from .measure import LatencyStats, time_interleaved
+from .nn import CSRConv2d, CSRLinear, FusedConv2d
+
+# A sparse kernel does one multiply-add per nonzero at about half the rate of a dense one, which
+# does them all; with this share of nonzeros none has won, so the time to try is saved.
+MAX_DENSITY = 0.7
+# Time for all candidates of one layer, both layouts; at least 5 rounds run whatever it takes.
+LAYER_BUDGET_S = 1.5
+
+_CSR_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+Dense: TypeAlias = "nn.Conv2d | nn.Linear"
+
+
+@dataclass(eq=False)
+class Layer:
+    """A dense layer to find a kernel for.
+
+    Attributes:
+        module: convolution or linear layer with everything folded into its weight and bias.
+        activation: fused into it, "none" for nothing.
+        inputs: recorded input shape -> number of calls with it per forward pass.
+        density: share of nonzero weights.
+    """
+
+    module: Dense
+    activation: str
+    inputs: dict[tuple[int, ...], int]
+    density: float
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The memory layouts there are for its input: two for 4-d input, else one."""
+        first = next(iter(self.inputs))
+        return LAYOUTS if isinstance(self.module, nn.Conv2d) and len(first) == 4 else LAYOUTS[:1]
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for layers whose candidates take the same time: geometry and density class."""
+        m = self.module
+        weight = m.weight
+        rows = weight.detach().flatten(1).ne(0).any(1)
+        geometry: tuple[object, ...] = ()
+        if isinstance(m, nn.Conv2d):
+            geometry = (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+        return (
+            isinstance(m, nn.Conv2d), tuple(weight.shape), geometry, m.bias is None,
+            self.activation, weight.dtype, weight.device, tuple(self.inputs.items()),
+            round(self.density, 2), round(float(rows.float().mean()), 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that can replace a dense layer.
+
+    Attributes:
+        name: as in reports and in the argument `candidates`.
+        applies: why the kernel cannot run the layer, or cannot win; None when it may.
+        build: the layer with this kernel, activation included.
+    """
+
+    name: str
+    applies: Callable[[Layer], str | None]
+    build: Callable[[Layer], nn.Module]
+
+
+def _csr_applies(layer: Layer) -> str | None:
+    m = layer.module
+    dtype, device = m.weight.dtype, m.weight.device.type
+    if dtype not in _CSR_DTYPES.get(device, ()):
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
+    if isinstance(m, nn.Conv2d):
+        if m.padding_mode != "zeros":
+            return f"padding_mode {m.padding_mode!r}"
+        if any(len(shape) != 4 for shape in layer.inputs):
+            return "input without a batch dimension"
+    if layer.density > MAX_DENSITY:
+        return f"density {layer.density:.2f} above {MAX_DENSITY}"
+    return None
+
+
+def _csr_build(layer: Layer) -> nn.Module:
+    m = layer.module
+    if isinstance(m, nn.Conv2d):
+        return CSRConv2d.from_dense(m, activation=layer.activation)
+    return CSRLinear.from_dense(m, activation=layer.activation)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    candidate.name: candidate for candidate in (Candidate("csr", _csr_applies, _csr_build),)
+}
+
+
+def build_dense(layer: Layer, layout: str) -> nn.Module:
+    """The dense layer with its activation fused and its weight in a memory layout."""
+    m = layer.module
+    shared = {id(p): p for p in m.parameters()}
+    if not isinstance(m, nn.Conv2d):
+        return copy.deepcopy(m, shared)
+    if layer.activation == "none":
+        built = copy.deepcopy(m, shared)
+    else:
+        built = FusedConv2d.from_dense(m, activation=layer.activation)
+    built.weight = nn.Parameter(in_layout(built.weight.detach(), layout), m.weight.requires_grad)
+    return built
+
+
+@dataclass
+class Choice:
+    """The measured decision for one layer.
+
+    Attributes:
+        times: "<kernel> <layout>" -> statistics; "<kernel>" where there is one layout only.
+        kernel: layout of the model -> "dense" or a candidate's name.
+        reason: layout of the model -> one sentence.
+        best_dense: key in `times` of the fastest dense layer, "" when nothing was timed.
+    """
+
+    times: dict[str, LatencyStats] = field(default_factory=dict)
+    kernel: dict[str, str] = field(default_factory=dict)
+    reason: dict[str, str] = field(default_factory=dict)
+    best_dense: str = ""
+
+    def kernel_in(self, layout: str) -> str:
+        """Kernel to use in a model of that layout."""
+        return self.kernel.get(layout, self.kernel["contiguous"])
+
+    def reason_in(self, layout: str) -> str:
+        """Why `kernel_in`."""
+        return self.reason.get(layout, self.reason["contiguous"])
+
+    def timing(self, kernel: str, layout: str) -> LatencyStats | None:
+        """Statistics of a kernel in a layout; None where it was not timed."""
+        return self.times.get(f"{kernel} {layout}", self.times.get(kernel))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: rounds, and by how much a candidate must win."""
+
+    warmup: int
+    runs: int
+    tie_margin: float
+    candidates: tuple[str, ...]
+
+
+def spread(stats: LatencyStats) -> float:
+    """Half-width in seconds of the 95 % notch of a median: 1.57 IQR / sqrt(runs).
+
+    McGill, Tukey and Larsen, Variations of box plots, The American Statistician 32 (1978).
+    """
+    return 1.57 * stats.iqr_s / math.sqrt(stats.runs)
+
+
+def faster(new: LatencyStats, old: LatencyStats, margin: float) -> bool:
+    """Whether `new` beats `old` by more than the margin and by more than the spread of either."""
+    needed = max(margin * old.median_s, spread(new), spread(old))
+    return new.median_s + needed < old.median_s
+
+
+def unclear(new: LatencyStats, old: LatencyStats, margin: float) -> bool:
+    """Whether `new` wins by the margin but not by the spread: more runs may tell."""
+    gain = old.median_s - new.median_s
+    return gain > margin * old.median_s and not faster(new, old, margin)
+
+
+def choose(layer: Layer, settings: Settings, cache: dict[object, Choice]) -> Choice:
+    """Time the candidates of a layer in both layouts and decide for each.
+
+    Layers with the same `Layer.key` share one measurement, taken on random input of the recorded
+    shapes. What a candidate needs in front of its kernel, conversions included, is inside its
+    time. A candidate that fails on the layer, or computes something else, is out with the reason.
+
+    Returns:
+        The choice; its `times` hold at least the dense layer.
+    """
+    built: dict[str, nn.Module] = {}
+    refusals: dict[str, str] = {}
+    for name in settings.candidates:
+        candidate = CANDIDATES[name]
+        why = candidate.applies(layer)
+        if why is None:
+            try:
+                built[name] = _quiet(candidate.build(layer))
+                why = difference(layer, built[name])[1]
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                why = f"{type(error).__name__}: {error}"
+        if why:
+            refusals[name] = why
+            built.pop(name, None)
+    # The refusals are part of the key: they may come from the values and not from the geometry.
+    key = (layer.key(), tuple(refusals.items()))
+    if key not in cache:
+        cache[key] = _measure(layer, built, refusals, settings)
+    return cache[key]
+
+
+def _measure(
+    layer: Layer, built: Mapping[str, nn.Module], refusals: Mapping[str, str], settings: Settings
+) -> Choice:
+    fns: dict[str, Callable[[], object]] = {}
+    kernels = ("dense", *built)
+    for layout in layer.layouts:
+        inputs = _inputs(layer, layout)
+        dense = _quiet(build_dense(layer, layout))
+        for name in kernels:
+            module = dense if name == "dense" else built[name]
+            label = f"{name} {layout}" if isinstance(layer.module, nn.Conv2d) else name
+            fns[label] = _call(module, inputs)
+    dense_labels = [label for label in fns if label.split(" ")[0] == "dense"]
+    choice = Choice()
+    # A busy machine widens the spread: when only that stands in the way of a win, measure longer.
+    for effort in (1, 4, 16):
+        choice.times = time_interleaved(
+            fns,
+            warmup=settings.warmup,
+            runs=settings.runs * effort,
+            max_time_s=LAYER_BUDGET_S * effort,
+            device=layer.module.weight.device,
+        )
+        choice.best_dense = min(dense_labels, key=lambda label: choice.times[label].median_s)
+        dense_time = choice.times[choice.best_dense]
+        rivals = [stats for label, stats in choice.times.items() if label not in dense_labels]
+        if not any(unclear(stats, dense_time, settings.tie_margin) for stats in rivals):
+            break
+    for layout in layer.layouts:
+        _decide(choice, layout, tuple(built), refusals, settings.tie_margin)
+    return choice
+
+
+def _decide(
+    choice: Choice,
+    layout: str,
+    names: Sequence[str],
+    refusals: Mapping[str, str],
+    margin: float,
+) -> None:
+    dense = choice.times[choice.best_dense]
+    base = f"{dense.median_s * 1e3:.3g} ms {choice.best_dense}"
+    choice.kernel[layout] = "dense"
+    told = [f"{name}: {why}" for name, why in refusals.items()]
+    timed = {name: stats for name in names if (stats := choice.timing(name, layout)) is not None}
+    if timed:
+        best = min(timed, key=lambda name: timed[name].median_s)
+        mine = f"{best} {timed[best].median_s * 1e3:.3g} ms"
+        if faster(timed[best], dense, margin):
+            choice.kernel[layout] = best
+            choice.reason[layout] = f"{mine} vs {base}"
+            return
+        tie = timed[best].median_s < dense.median_s
+        told.insert(0, f"{mine} vs {base}" + (", a tie: dense wins ties" if tie else ""))
+    choice.reason[layout] = "; ".join(told) or "no candidate asked for"
+
+
+def _quiet(module: nn.Module) -> nn.Module:
+    """A layer built for measuring only: without the user's hooks, which may collect or print."""
+    module._forward_hooks = OrderedDict()
+    module._forward_pre_hooks = OrderedDict()
+    return module.eval()
+
+
+def _inputs(layer: Layer, layout: str) -> list[Tensor]:
+    """Random inputs of the recorded shapes, one per call of a forward pass."""
+    weight = layer.module.weight
+    generator = torch.Generator().manual_seed(0)
+    inputs: list[Tensor] = []
+    for shape, calls in layer.inputs.items():
+        x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=MEMORY_FORMATS[layout])
+        inputs += [x] * calls
+    return inputs
+
+
+def _call(module: nn.Module, inputs: list[Tensor]) -> Callable[[], object]:
+    if len(inputs) == 1:
+        x = inputs[0]
+        return lambda: module(x)
+
+    def run() -> object:
+        for x in inputs:
+            module(x)
+        return None
+
+    return run
+
+
+@torch.no_grad()
+def difference(layer: Layer, module: nn.Module) -> tuple[float, str]:
+    """Compare a candidate with the dense layer on a small random input.
+
+    Returns:
+        The largest absolute difference, and what is wrong with it: empty while every output is
+        within twice `rounding` of the magnitude of its terms (each side may err by one).
+    """
+    m = layer.module
+    shape = next(iter(layer.inputs))
+    if isinstance(m, nn.Conv2d):
+        x = crop_input(m, shape)
+        magnitude = term_magnitude(m, x)
+        limit = rounding(m)
+        if m.bias is not None:
+            magnitude = magnitude + m.bias.detach().abs()[:, None, None]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((2, shape[-1]), generator=generator).to(m.weight.device, m.weight.dtype)
+        magnitude = nn.functional.linear(
+            x.abs(), m.weight.abs(), None if m.bias is None else m.bias.abs()
+        )
+        limit = (16 + 8 * math.sqrt(m.in_features)) * torch.finfo(m.weight.dtype).eps
+    want, got = _quiet(build_dense(layer, "contiguous"))(x), module(x)
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return math.inf, f"returned {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)}"
+    error = (got - want).abs().double()
+    worst = float(error.max()) if error.numel() else 0.0
+    if bool((error <= 2 * limit * magnitude.double()).all()):
+        return worst, ""
+    return worst, f"differs by {worst:.3g} from the dense layer on random data"

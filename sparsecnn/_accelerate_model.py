@@ -1,0 +1,328 @@
+"""Variants of the whole model, timed against each other, and what is kept in the end.
+
+Three kinds of variant, each in both memory layouts: the original, the original with everything
+folded, and that with the kernels that won their layer. The original is always a candidate. A
+variant whose outputs on the example leave the bound loses the layers that are to blame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._accelerate_candidates import CANDIDATES, Settings, build_dense, faster, unclear
+from ._accelerate_copy import LAYOUTS, duplicate, relayout_, replace_by_name_
+from ._accelerate_fold import Folded
+from ._accelerate_record import is_channels_last, tensors_in
+from ._accelerate_survey import Site, make_layer
+from .measure import LatencyStats, time_interleaved
+from .nn.layout import apply_layout_
+
+# Time for one round of comparisons of whole models; at least 5 runs of each happen.
+MODEL_BUDGET_S = 12.0
+# A whole model must win by this much and by more than the spread.
+MODEL_MARGIN = 0.01
+# Largest |new - old| / max |old| of a float output of the model. Roundings add up over the depth
+# of a network; short types lose bits in every activation that is stored.
+OUTPUT_BOUND = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1e-1,
+}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A variant: what is folded, which layers are swapped, and the layout it runs in."""
+
+    layout: str
+    folds: frozenset[Site] = frozenset()
+    swaps: frozenset[Site] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """Name of the variant for the timer."""
+        kind = "swapped" if self.swaps else "folded" if self.folds else "original"
+        return f"{kind} {self.layout}"
+
+
+@dataclass
+class Outcome:
+    """The variant kept, and its time against that of the original."""
+
+    plan: Plan
+    before: LatencyStats
+    after: LatencyStats
+    max_abs_diff: float
+    notes: list[str] = field(default_factory=list)
+
+
+class Variants:
+    """Builds, checks and times variants of one model.
+
+    Args:
+        model: shadow of the user's model, masks baked, in evaluation mode; never changed.
+        example: positional inputs.
+        reference: tensors the model returned for them.
+        sites: its layers.
+        stable: whether the model returns the same for the same input.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: tuple[Tensor, ...],
+        reference: Sequence[Tensor],
+        sites: list[Site],
+        stable: bool,
+    ) -> None:
+        self.model = model
+        self.example = example
+        self.reference = list(reference)
+        self.sites = sites
+        self.stable = stable
+        self.names = {module: name for name, module in model.named_modules()}
+        convs = any(isinstance(s.module, nn.Conv2d) for s in sites)
+        images = any(x.dim() == 4 for x in example)
+        # torch refuses to give 5-d weights (Conv3d) the channels_last format of 4-d ones.
+        volumes = any(p.dim() == 5 for p in model.parameters())
+        self.layouts = LAYOUTS if convs and images and not volumes else LAYOUTS[:1]
+        weights = [s.module.weight for s in sites if isinstance(s.module, nn.Conv2d)]
+        self.own_layout = LAYOUTS[int(any(is_channels_last(w) for w in weights))]
+
+    def swaps(self, plan: Plan) -> dict[str, nn.Module]:
+        """Name -> new module of everything the plan replaces."""
+        swaps: dict[str, nn.Module] = {}
+        for site in self.sites:
+            layer, choice = site.layer, site.choice
+            if layer is None or (site not in plan.folds and site not in plan.swaps):
+                continue
+            if site in plan.swaps:
+                assert choice is not None
+                swaps[site.name] = CANDIDATES[choice.kernel_in(plan.layout)].build(layer)
+            elif site.folded is not None and site.folded.replaced:
+                swaps[site.name] = build_dense(layer, plan.layout)
+            if site.folded is not None:
+                for module, rest in site.folded.replaced.items():
+                    swaps[self.names[module]] = rest
+        return swaps
+
+    def apply_(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Put the plan into a model with the names of this one; returns it (or a new root)."""
+        model = replace_by_name_(model, self.swaps(plan)).eval()
+        if len(self.layouts) > 1:
+            relayout_(model, plan.layout)
+            # A contiguous model needs the hook only if something would give it another layout.
+            given = any(is_channels_last(x) for x in self.example)
+            if plan.layout != "contiguous" or given or hasattr(model, "_sparsecnn_layout"):
+                apply_layout_(model, plan.layout)
+        return model
+
+    def build(self, plan: Plan) -> nn.Module:
+        """A variant that shares every tensor it can with the model."""
+        return self.apply_(duplicate(self.model, share=True), plan)
+
+    def disagreement(self, plan: Plan) -> tuple[float, str]:
+        """Largest difference of the outputs, and why the variant must not be used (or "")."""
+        try:
+            with torch.no_grad():
+                outputs = list(tensors_in(self.build(plan)(*self.example)))
+        except Exception as error:
+            return math.nan, f"the forward pass raised {type(error).__name__}: {error}"
+        return compare(self.reference, outputs) if self.stable else (math.nan, "")
+
+    def time(
+        self, plans: Sequence[Plan], settings: Settings, effort: int = 1
+    ) -> dict[Plan, LatencyStats]:
+        """Time variants in turn, with `effort` times the usual runs and time."""
+        fns: dict[str, Callable[[], object]] = {}
+        for plan in plans:
+            fns[plan.label] = _forward(self.build(plan), self.example)
+        stats = time_interleaved(
+            fns,
+            warmup=settings.warmup,
+            runs=settings.runs * effort,
+            max_time_s=MODEL_BUDGET_S * effort,
+            device=self.example[0].device,
+        )
+        return {plan: stats[plan.label] for plan in plans}
+
+
+def _forward(model: nn.Module, example: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: model(*example)
+
+
+def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[float, str]:
+    """Largest difference of two sequences of outputs and, if out of bound, what is wrong.
+
+    Integer outputs (class numbers, say) must agree in shape only: ranks of equal scores flip.
+    """
+    if len(reference) != len(outputs):
+        return math.nan, f"{len(outputs)} outputs instead of {len(reference)}"
+    worst, wrong = 0.0, ""
+    for old, new in zip(reference, outputs, strict=True):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            return math.nan, f"output {tuple(new.shape)} instead of {tuple(old.shape)}"
+        bound = OUTPUT_BOUND.get(old.dtype)
+        if bound is None or old.numel() == 0:
+            continue
+        a, b = old.detach().double(), new.detach().double()
+        # What is infinite or NaN already must stay so, the rest is compared.
+        same = (a == b) | (a.isnan() & b.isnan())
+        error = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+        size = float(torch.where(a.isfinite(), a, 0.0).abs().max())
+        worst = max(worst, float(error.max()))
+        if float(error.max()) > bound * size:
+            wrong = f"outputs differ by {float(error.max()):.3g}, more than {bound:g} * {size:.3g}"
+    return worst, wrong
+
+
+def keep_good(items: list[_T], good: Callable[[list[_T]], bool]) -> list[_T]:
+    """A largest-effort subset for which `good` holds: halves that fail are split further."""
+    if not items or good(items):
+        return items
+    if len(items) == 1:
+        return []
+    middle = len(items) // 2
+    left, right = keep_good(items[:middle], good), keep_good(items[middle:], good)
+    both = left + right
+    if len(both) == max(len(left), len(right)) or good(both):
+        return both
+    return max(left, right, key=len)
+
+
+def check_folds(variants: Variants) -> list[str]:
+    """Undo foldings after which the model no longer computes what it did. Returns notes."""
+    sites = [s for s in variants.sites if s.folded is not None and s.folded.replaced]
+    for site in sites:
+        site.layer = make_layer(site)
+    why: list[str] = []
+
+    def good(subset: list[Site]) -> bool:
+        text = variants.disagreement(Plan("contiguous", frozenset(subset)))[1]
+        if text:
+            why.append(text)
+        return not text
+
+    kept = keep_good(sites, good)
+    undone = [site for site in sites if site not in kept]
+    for site in undone:
+        assert isinstance(site.module, nn.Conv2d)
+        site.folded = Folded(site.module, note=f"folding was undone: {why[-1]}")
+    return [f"folding into {len(undone)} layers was undone: {why[-1]}"] if undone else []
+
+
+def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) -> Outcome:
+    """Time the variants and keep the best that beats the original beyond noise."""
+    notes: list[str] = []
+    folds = frozenset(s for s in variants.sites if s.folded is not None and s.folded.replaced)
+    plans: list[Plan] = []
+    for layout in variants.layouts:
+        plans.append(Plan(layout))
+        if folds:
+            plans.append(Plan(layout, folds))
+        swaps = _checked_swaps(variants, layout, folds, notes)
+        if swaps:
+            plans.append(Plan(layout, folds, swaps))
+    step("checked the outputs")
+    times = variants.time(plans, settings)
+    step("compared whole models")
+    originals = [p for p in plans if not p.folds and not p.swaps]
+    before = min(originals, key=lambda p: times[p].median_s)
+    chosen = min(plans, key=lambda p: times[p].median_s)
+    if chosen.swaps:
+        chosen = _without_losers(variants, chosen, plans, times, settings, notes)
+    if chosen not in originals:
+        for effort in (1, 4):
+            final = variants.time([before, chosen], settings, effort)
+            if not unclear(final[chosen], final[before], MODEL_MARGIN):
+                break
+        if not faster(final[chosen], final[before], MODEL_MARGIN):
+            notes.append(
+                f"the {chosen.label} model took {_ms(final[chosen])} and the original "
+                f"{_ms(final[before])}: no gain beyond noise, so everything was put back"
+            )
+            for site in chosen.swaps:
+                site.undone = "the whole model was not faster, put back"
+            chosen = before
+        times |= final
+    if chosen in originals:
+        # The user's own layout wins ties.
+        own = Plan(variants.own_layout)
+        if own in times and not faster(times[before], times[own], settings.tie_margin):
+            chosen = before = own
+    step("done")
+    worst = 0.0 if chosen in originals else variants.disagreement(chosen)[0]
+    return Outcome(chosen, times[before], times[chosen], worst, notes)
+
+
+def _checked_swaps(
+    variants: Variants, layout: str, folds: frozenset[Site], notes: list[str]
+) -> frozenset[Site]:
+    wins = [site for site in variants.sites if site.wins_in(layout)]
+    why: list[str] = []
+
+    def good(subset: list[Site]) -> bool:
+        text = variants.disagreement(Plan(layout, folds, frozenset(subset)))[1]
+        if text:
+            why.append(text)
+        return not text
+
+    kept = keep_good(wins, good)
+    if len(kept) < len(wins):
+        notes.append(f"{layout}: {len(wins) - len(kept)} swaps were undone: {why[-1]}")
+        for site in wins:
+            if site not in kept:
+                site.undone = f"undone, {why[-1]}"
+    return frozenset(kept)
+
+
+def _without_losers(
+    variants: Variants,
+    chosen: Plan,
+    plans: Sequence[Plan],
+    times: dict[Plan, LatencyStats],
+    settings: Settings,
+    notes: list[str],
+) -> Plan:
+    """`chosen`, or with the layers that won least put back, or the best plan without swaps."""
+    dense = min((p for p in plans if not p.swaps), key=lambda p: times[p].median_s)
+    if faster(times[chosen], times[dense], MODEL_MARGIN):
+        return chosen
+    ranked = sorted(chosen.swaps, key=lambda site: -_gain(site, chosen.layout))
+    best = Plan(chosen.layout, chosen.folds, frozenset(ranked[: len(ranked) // 2]))
+    if best.swaps and not variants.disagreement(best)[1]:
+        again = variants.time([dense, best], settings)
+        if faster(again[best], again[dense], MODEL_MARGIN):
+            times |= again
+            dense = best
+    back = chosen.swaps - dense.swaps
+    for site in back:
+        site.undone = "the whole model was not faster with it, put back"
+    notes.append(
+        f"{len(back)} layers that won alone were put back: the whole model took "
+        f"{_ms(times[chosen])} with them and {_ms(times[dense])} without"
+    )
+    return dense
+
+
+def _gain(site: Site, layout: str) -> float:
+    """Seconds a forward pass saves by the swap of one layer."""
+    choice = site.choice
+    assert choice is not None
+    stats = choice.timing(choice.kernel_in(layout), layout)
+    return choice.times[choice.best_dense].median_s - (
+        math.inf if stats is None else stats.median_s
+    )
+
+
+def _ms(stats: LatencyStats) -> str:
+    return f"{stats.median_s * 1e3:.3g} ms"

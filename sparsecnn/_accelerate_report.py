@@ -1,0 +1,113 @@
+"""From the measurements to the report: every layer with its kernel and the reason for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ._accelerate_candidates import CANDIDATES, difference
+from ._accelerate_model import Outcome, Plan, Variants
+from ._accelerate_survey import Site
+from .measure import LayerReport, ModelTiming, Report
+from .measure.environment import environment
+
+
+def make_report(variants: Variants, outcome: Outcome, bytes_before: int) -> Report:
+    """The report of a conversion; `bytes_after` is left for who applies it."""
+    layers = [_layer_report(variants, site, outcome.plan) for site in variants.sites]
+    images = variants.example[0].shape[0] if variants.example[0].dim() else 1
+    return Report(
+        layers=layers,
+        before=ModelTiming.from_stats(outcome.before, images),
+        after=ModelTiming.from_stats(outcome.after, images),
+        bytes_before=bytes_before,
+        macs=sum(layer.macs for layer in layers),
+        effective_macs=sum(layer.effective_macs for layer in layers),
+        max_abs_diff=outcome.max_abs_diff,
+        layout=outcome.plan.layout,
+        notes=outcome.notes,
+        environment=environment(),
+    )
+
+
+def _layer_report(variants: Variants, site: Site, plan: Plan) -> LayerReport:
+    module = site.module if site.layer is None else site.layer.module
+    weight = module._parameters.get("weight")
+    shape = () if weight is None else tuple(weight.shape)
+    density, per_weight = _density(module), 0
+    if weight is not None:
+        per_weight = sum(_uses(site, call.input_shape, call.output_shape) for call in site.calls)
+    used = 0 if weight is None else weight.numel()
+    macs = per_weight * used
+    first = site.calls[0] if site.calls else None
+    report = LayerReport(
+        name=site.name,
+        type=type(site.module).__name__,
+        input_shape=() if first is None else first.input_shape,
+        output_shape=() if first is None else first.output_shape,
+        weight_shape=shape,
+        density=density,
+        macs=macs,
+        effective_macs=0 if weight is None else round(macs * density),
+        dense_ms=math.nan,
+        chosen_ms=math.nan,
+        kernel="dense",
+        reason=site.left_alone,
+    )
+    if site.as_is is not None:
+        report.dense_ms = report.chosen_ms = site.as_is.median_s * 1e3
+    if site.choice is not None:
+        _fill_choice(report, variants, site, plan)
+    return report
+
+
+def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan) -> None:
+    layer, choice = site.layer, site.choice
+    assert layer is not None and choice is not None
+    kernel = choice.kernel_in(plan.layout) if site in plan.swaps else "dense"
+    stats = choice.timing(kernel, plan.layout) or choice.times[choice.best_dense]
+    report.candidates_ms = {name: s.median_s * 1e3 for name, s in choice.times.items()}
+    report.dense_ms = choice.times[choice.best_dense].median_s * 1e3
+    report.chosen_ms = stats.median_s * 1e3
+    report.kernel = kernel
+    if kernel == "dense" and isinstance(site.module, nn.Conv2d):
+        report.kernel = f"dense {plan.layout}"
+    reasons = [choice.reason_in(plan.layout)]
+    if site not in plan.swaps and site.wins_in(plan.layout):
+        reasons.append(site.undone or "the original model was faster as a whole")
+    folded = site.folded
+    report.max_abs_diff = 0.0
+    if folded is not None:
+        if folded.note:
+            reasons.append(folded.note)
+        if folded.replaced and (site in plan.folds or site in plan.swaps):
+            report.folded = tuple(variants.names[module] for module in folded.replaced)
+            report.max_abs_diff = folded.max_abs_diff
+            gone = _density(site.module) - report.density
+            if gone >= 0.01:
+                reasons.append(f"zero scales of the batch norm removed {gone:.0%} of the weights")
+    if site in plan.swaps:
+        # Each against the dense folded layer: the sum bounds the difference to the original one.
+        report.max_abs_diff += difference(layer, CANDIDATES[kernel].build(layer))[0]
+    report.reason = "; ".join(reasons)
+
+
+def _density(module: nn.Module) -> float:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return math.nan
+    return int(weight.detach().count_nonzero()) / max(weight.numel(), 1)
+
+
+def _uses(site: Site, inputs: Sequence[int], outputs: Sequence[int]) -> int:
+    """How often one call multiplies each weight: output pixels (input ones when transposed)."""
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    spatial = weight.dim() - 2
+    sides = inputs if getattr(site.module, "transposed", False) else outputs
+    if spatial == 0:
+        return math.prod(sides[:-1])
+    batch = math.prod(sides[: len(sides) - spatial - 1])
+    return batch * math.prod(sides[len(sides) - spatial :])

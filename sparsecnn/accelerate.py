@@ -1,0 +1,354 @@
+"""Make a pruned model faster: fold, measure every candidate per layer, keep dense where it wins.
+
+The steps, each undone where it does not hold:
+
+1. Masks of `torch.nn.utils.prune` and parametrizations are baked into plain weights.
+2. One recorded forward pass tells the real input of every layer and who reads its output.
+3. Batch norms and activations that alone read a convolution's output are folded into it.
+4. Every kernel that can run a layer is timed on the layer's real shape against the dense layer, in
+   both memory layouts. A kernel must win by more than the margin and the spread.
+5. Whole models are timed: the original, the folded one and the one with the winning kernels, in
+   both layouts. The original wins ties.
+6. The outputs on the example must agree with the original's within `OUTPUT_BOUND`.
+
+The recording is of one example: like `torch.export`, this assumes that the control flow of the
+model does not depend on its data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ._accelerate_candidates import CANDIDATES, Settings
+from ._accelerate_copy import bake_, duplicate, replace_
+from ._accelerate_model import Variants, check_folds, compare, decide
+from ._accelerate_record import tensors_in
+from ._accelerate_report import make_report
+from ._accelerate_survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
+from .measure import Report
+from .nn import SPARSE_LAYERS, FusedConv2d
+
+__all__ = ["accelerate", "accelerate_", "densify", "densify_"]
+
+
+def accelerate(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    filter_fn: FilterFn | None = None,
+    candidates: Sequence[str] | None = None,
+    warmup: int = 5,
+    runs: int = 20,
+    tie_margin: float = 0.03,
+    progress: bool = False,
+) -> nn.Module:
+    """Return a faster copy of `model` for inference on inputs like `example`.
+
+    The copy computes what `model.eval()` computes, within `1e-3 max |y|` in float32 (checked on
+    the example), and is never slower beyond noise: the original is one of the candidates. It is
+    in evaluation mode. `report` on it says what every layer runs now, and why.
+
+    Args:
+        model: any module with `nn.Conv2d` or `nn.Linear` layers; it is not changed. Zeros in the
+            weights are what can be gained from; masks of `torch.nn.utils.prune` and
+            parametrizations count.
+        example: input (N, C, H, W) or the tuple of positional inputs, with the batch size, image
+            size, dtype and device of the later use: all measurements are taken for it.
+        filter_fn: `filter_fn(module, fqn) -> bool`; layers for which it is False are left as is.
+        candidates: kernels to try besides dense; None for all.
+        warmup: untimed rounds before each measurement.
+        runs: timed rounds of each measurement (fewer, at least 5, where they take too long).
+        tie_margin: share by which a kernel must beat the best dense layer.
+        progress: show a progress bar.
+
+    Returns:
+        A new module that shares no tensor with `model`, with the attribute `report`.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the model is compiled, scripted or wrapped.
+        ValueError: the model has no layer to speed up or has swapped layers already, cannot be
+            copied, or does not run on the example; or an argument is out of range.
+
+    Hooks of the model run while whole models are measured, and stay. A layer with hooks is swapped
+    but nothing is folded into it.
+
+    Cost: about 200 forward passes; ResNet-50 at batch 1 takes less than a minute.
+    """
+    inputs, settings = _check(model, example, filter_fn, candidates, warmup, runs, tie_margin)
+    if hasattr(model, "report") and not isinstance(model.report, Report):
+        raise ValueError(
+            "accelerate: expected model without an attribute 'report', got one of type "
+            f"{type(model.report).__name__}; rename it"
+        )
+    shadow = duplicate(model, share=True)
+    result = _accelerate(shadow, inputs, filter_fn, settings, progress)
+    # Everything the result shares with the user's model or with measured variants is copied here.
+    return duplicate(result, share=False)
+
+
+def accelerate_(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    filter_fn: FilterFn | None = None,
+    candidates: Sequence[str] | None = None,
+    warmup: int = 5,
+    runs: int = 20,
+    tie_margin: float = 0.03,
+    progress: bool = False,
+) -> nn.Module:
+    """`accelerate` in place: the model itself gets the new layers, is baked and put in eval mode.
+
+    Arguments and errors are those of `accelerate`. The model is changed only when everything has
+    been measured: an error leaves it as it was.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: in addition, the model is itself a convolution or linear layer.
+    """
+    inputs, settings = _check(model, example, filter_fn, candidates, warmup, runs, tie_margin)
+    if isinstance(model, (_ConvNd, nn.Linear)):
+        raise ValueError(
+            f"accelerate_: expected model with layers inside, got a bare {type(model).__name__}, "
+            "which cannot be replaced in place; use accelerate"
+        )
+    if hasattr(model, "report") and not isinstance(model.report, Report):
+        raise ValueError(
+            "accelerate_: expected model without an attribute 'report', got one of type "
+            f"{type(model.report).__name__}; rename it"
+        )
+    return _accelerate(model, inputs, filter_fn, settings, progress)
+
+
+def _accelerate(
+    target: nn.Module,
+    inputs: tuple[Tensor, ...],
+    filter_fn: FilterFn | None,
+    settings: Settings,
+    progress: bool,
+) -> nn.Module:
+    """Measure on shadows of `target`, then apply the outcome to it; returns it or a new root."""
+    notes: list[str] = []
+    if any(module.training for module in target.modules()):
+        text = "the model was in training mode; the result is for inference, in evaluation mode"
+        warnings.warn(f"accelerate: {text}", stacklevel=3)
+        notes.append(text)
+    model = duplicate(target, share=True)
+    baked = bake_(model)
+    if baked:
+        notes.append(f"masks and parametrizations of {len(baked)} tensors were baked in")
+    model.eval()
+    sites = find_sites(model, filter_fn)
+    reference = _first_run(model, inputs)
+    recording = record_sites(model, inputs, sites)
+    if not recording.dataflow:
+        notes.append("an operator of the model does not run under a dispatch mode: nothing folded")
+    stable = not compare(reference, recording.outputs)[1]
+    if not stable:
+        notes.append(
+            "the model returns something else on every call: its outputs could not be compared, "
+            "only those of single layers"
+        )
+    # Layers, the folding check, the check of the variants, two rounds of whole-model timing.
+    with _progress(progress, len(sites) + 4) as step:
+        fold_sites(sites, recording)
+        variants = Variants(model, inputs, reference, sites, stable)
+        notes += check_folds(variants)
+        step("folded")
+        measure_sites(sites, settings, step)
+        outcome = decide(variants, settings, step)
+    outcome.notes[:0] = notes
+
+    report = make_report(variants, outcome, bytes_before=_stored_bytes(target))
+    bake_(target)
+    result = variants.apply_(target, outcome.plan)
+    report.bytes_after = _stored_bytes(result)
+    result.report = report  # type: ignore[assignment]
+    return result
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` with every sparse layer back as a dense one.
+
+    `CSRConv2d` becomes `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
+    `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
+    one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded.
+
+    Args:
+        model: any module; one without sparse layers is just copied.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"densify: expected model to be an nn.Module, got {type(model).__name__}")
+    copied = duplicate(model, share=False)
+    return _densify(copied)
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """`densify` in place; returns `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `model` is itself a sparse layer, which cannot be replaced in place.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"densify_: expected model to be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, tuple(SPARSE_LAYERS.values())):
+        raise ValueError(
+            f"densify_: expected model with layers inside, got a bare {type(model).__name__}, "
+            "which cannot be replaced in place; use densify"
+        )
+    return _densify(model)
+
+
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+}
+
+
+def _densify(model: nn.Module) -> nn.Module:
+    kinds = tuple(SPARSE_LAYERS.values())
+    swaps: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if not isinstance(module, kinds):
+            continue
+        dense: nn.Module = cast(Any, module).to_dense()
+        activation = str(getattr(module, "activation", "none"))
+        if activation != "none" and isinstance(dense, nn.Conv2d):
+            dense = FusedConv2d.from_dense(dense, activation=activation)
+        elif activation != "none":
+            dense = nn.Sequential(dense, _ACTIVATION_MODULES[activation]())
+        swaps[module] = dense.train(module.training)
+    return replace_(model, swaps)
+
+
+def _check(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    filter_fn: FilterFn | None,
+    candidates: Sequence[str] | None,
+    warmup: int,
+    runs: int,
+    tie_margin: float,
+) -> tuple[tuple[Tensor, ...], Settings]:
+    what = "accelerate"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what}: expected model to be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{what}: expected model to be a plain nn.Module, got a ScriptModule, whose layers "
+            "cannot be replaced; pass the module it was made from"
+        )
+    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrapped) or hasattr(model, "_orig_mod"):
+        inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise TypeError(
+            f"{what}: expected model without a wrapper, got {type(model).__name__}; "
+            f"pass model.{inside} and wrap the result"
+        )
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs) or "an empty tuple"
+        raise TypeError(f"{what}: expected example to be a tensor or a tuple of them, got {kinds}")
+    for x in inputs:
+        if x.numel() == 0:
+            raise ValueError(
+                f"{what}: expected example with at least one element, got shape {tuple(x.shape)}"
+            )
+    _check_layers(what, model, inputs)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"{what}: expected filter_fn to be callable or None, got {type(filter_fn).__name__}"
+        )
+    names = tuple(CANDIDATES) if candidates is None else candidates
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{what}: expected candidates to be a sequence of names, got {names!r}")
+    for name in names:
+        if name not in CANDIDATES:
+            raise ValueError(
+                f"{what}: expected candidates among {', '.join(CANDIDATES)}, got {name!r}"
+            )
+    for label, count, least in (("warmup", warmup, 0), ("runs", runs, 1)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{what}: expected {label} to be an int, got {count!r}")
+        if count < least:
+            raise ValueError(f"{what}: expected {label} >= {least}, got {count}")
+    if isinstance(tie_margin, bool) or not isinstance(tie_margin, (int, float)):
+        raise TypeError(f"{what}: expected tie_margin to be a number, got {tie_margin!r}")
+    if not 0 <= tie_margin < 1:
+        raise ValueError(f"{what}: expected tie_margin in [0, 1), got {tie_margin}")
+    return inputs, Settings(warmup, runs, float(tie_margin), tuple(names))
+
+
+def _check_layers(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(SPARSE_LAYERS.values())):
+            raise ValueError(
+                f"{what}: expected model with dense layers, got {type(module).__name__} at "
+                f"{name!r}; call sparsecnn.densify first"
+            )
+    if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):
+        raise ValueError(
+            f"{what}: expected model with nn.Conv2d or nn.Linear layers, got "
+            f"{type(model).__name__} with none"
+        )
+    for name, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{what}: expected model with initialized parameters, got the lazy {name!r}; "
+                "run the model once"
+            )
+    devices = {x.device for x in inputs} | {p.device for p in model.parameters()}
+    if len(devices) > 1 or devices & {torch.device("meta")}:
+        got = ", ".join(sorted(str(d) for d in devices))
+        raise ValueError(f"{what}: expected model and example on one real device, got {got}")
+
+
+def _first_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    try:
+        with torch.no_grad():
+            # Cloned: some models return a buffer that the next run overwrites.
+            return [tensor.clone() for tensor in tensors_in(model(*inputs))]
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        raise ValueError(
+            f"accelerate: expected example that the model accepts, got {shapes}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@contextmanager
+def _progress(show: bool, steps: int) -> Iterator[Callable[[str], None]]:
+    """A function to call after each step, with what was done; draws a bar if asked to."""
+    if not show:
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("accelerate", total=steps)
+
+        def step(text: str) -> None:
+            bar.update(task, advance=1, description=f"accelerate: {text}")
+
+        yield step
