@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._inputs import as_inputs, check_count, check_model, check_seconds
 from ._modes import evaluating
 
 # Fewer runs than this give a median that a single disturbance can move; a time budget never
@@ -67,10 +68,7 @@ class LatencyStats:
 
     def throughput(self, images: int) -> float:
         """Images per second at the median, for `images` images per run (NaN for a zero median)."""
-        if isinstance(images, bool) or not isinstance(images, int):
-            raise TypeError(f"throughput: expected images to be an int, got {images!r}")
-        if images < 1:
-            raise ValueError(f"throughput: expected images >= 1, got {images}")
+        check_count("throughput", "images", images, 1)
         return images / self.median_s if self.median_s > 0 else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
@@ -176,9 +174,8 @@ def latency(
         TypeError: `model` is no module or `x` no tensor or tuple of tensors.
         ValueError: a count is out of range.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"latency: expected model to be an nn.Module, got {type(model).__name__}")
-    inputs = _inputs("latency", x)
+    check_model("latency", model)
+    inputs = as_inputs("latency", x)
     with evaluating(model):
         stats = time_interleaved(
             {"model": lambda: model(*inputs)},
@@ -202,7 +199,7 @@ def throughput(
 
     Args and errors are those of `latency`; in addition N must be at least 1 (ValueError).
     """
-    images = _inputs("throughput", x)[0]
+    images = as_inputs("throughput", x)[0]
     if images.dim() == 0 or images.shape[0] < 1:
         raise ValueError(
             f"throughput: expected x with at least one image, got shape {tuple(images.shape)}"
@@ -230,14 +227,6 @@ def _cuda_run_ns(fn: Callable[[], object]) -> int:
     del result
     elapsed_ms: float = begin.elapsed_time(end)
     return round(elapsed_ms * 1e6)
-
-
-def _inputs(what: str, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    inputs = x if isinstance(x, tuple) else (x,)
-    if not inputs or not all(isinstance(item, Tensor) for item in inputs):
-        kinds = ", ".join(type(item).__name__ for item in inputs) or "an empty tuple"
-        raise TypeError(f"{what}: expected x to be a tensor or a tuple of tensors, got {kinds}")
-    return inputs
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -272,22 +261,13 @@ def _check(
     for name, fn in fns.items():
         if not callable(fn):
             raise TypeError(f"{what}: expected fns[{name!r}] to be callable, got {fn!r}")
-    for label, count, least in (("warmup", warmup, 0), ("runs", runs, 1)):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{what}: expected {label} to be an int, got {count!r}")
-        if count < least:
-            raise ValueError(f"{what}: expected {label} >= {least}, got {count}")
-    if not (_is_number(min_time_s) and 0 <= min_time_s < math.inf):
-        raise ValueError(f"{what}: expected min_time_s >= 0 and finite, got {min_time_s!r}")
+    check_count(what, "warmup", warmup, 0)
+    check_count(what, "runs", runs, 1)
+    check_seconds(what, "min_time_s", min_time_s)
     if max_time_s is None:
         return
-    if not (_is_number(max_time_s) and 0 < max_time_s < math.inf):
-        raise ValueError(f"{what}: expected max_time_s > 0 and finite, got {max_time_s!r}")
+    check_seconds(what, "max_time_s", max_time_s, positive=True)
     if min_time_s > max_time_s:
         raise ValueError(
             f"{what}: expected min_time_s <= max_time_s, got {min_time_s} > {max_time_s}"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
