@@ -1,0 +1,1 @@
+"""Model files: safetensors with packed sparse weights and a structure manifest."""

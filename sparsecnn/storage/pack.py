@@ -1,0 +1,239 @@
+"""Packing of one tensor: the smallest of raw, bitmask and relative index.
+
+A packed tensor of ``n`` elements, flattened in row-major order, is these arrays:
+
+1. ``values`` ``(nnz,)``, in the dtype of the tensor: the stored entries in ascending position. Of a
+   dense tensor these are the elements whose bits are not those of +0.0, so -0.0 and NaN survive; of
+   a CSR weight the entries it stores, whatever their value.
+2. One index, uint8:
+
+   a. layout ``bitmask``, array ``mask``: ``ceil(n / 8)`` bytes, bit ``i % 8`` of byte ``i // 8`` says
+      that element ``i`` is stored; padding bits are zero.
+   b. layout ``relative``, array ``gaps``: the relative index of Deep Compression (Han, Mao, Dally,
+      ICLR 2016) with ``bits`` per gap, 1 to 8, whichever is smallest for this tensor. ``entries``
+      counts entries and fillers. The bit stream is described in ``csrc/codec/relative_index.h``.
+
+The specification beside them (JSON) holds ``kind`` (``dense`` or ``csr``), ``layout``, ``shape`` and,
+for a relative index, ``bits`` and ``entries``.
+
+A file may claim a large tensor with few bytes. No tensor may unpack to more than ``MAX_EXPANSION``
+times its stored bytes (plus a small allowance), so what a file can make the reader allocate is
+bounded by its size; packing falls back to the bitmask where a relative index would be smaller still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsecnn import _codec
+from sparsecnn.formats.csr import CSRWeight
+
+MAX_EXPANSION = 256
+_EXPANSION_FLOOR_BYTES = 64 * 1024
+# What one more array and its specification take in the header; packing must save more than this.
+_OVERHEAD_BYTES = 256
+_BITS_OF = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+INDEX_NAME = {"bitmask": "mask", "relative": "gaps"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed tensor.
+
+    Attributes:
+        spec: JSON-able description, see the module's text.
+        arrays: 1-d tensors by name: ``values`` and ``mask`` or ``gaps``.
+    """
+
+    spec: dict[str, Any]
+    arrays: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(t.numel() * t.element_size() for t in self.arrays.values())
+
+
+def pack_dense(tensor: Tensor) -> Packed | None:
+    """Pack a dense tensor, or say that raw storage is the smallest.
+
+    Args:
+        tensor: any shape, dtype and memory format; not modified.
+
+    Returns:
+        The packed tensor, or None for integer and boolean tensors and where packing saves nothing.
+
+    Cost: one pass over the elements, and for a sparse tensor one over its entries.
+    """
+    if tensor.dtype not in _BITS_OF or not 0 < tensor.numel() <= _codec.MAX_POSITIONS:
+        return None
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    words = flat.view(_BITS_OF[tensor.dtype]).numpy()
+    total, size = flat.numel(), flat.element_size()
+    nnz = int(np.count_nonzero(words))
+    # No index is below zero bytes: skip the search where even that would not pay.
+    if (total - nnz) * size <= _OVERHEAD_BYTES:
+        return None
+    positions = np.flatnonzero(words).astype(np.int64, copy=False)
+    values = torch.from_numpy(words[positions]).view(tensor.dtype)
+    packed = _pack(values, positions, tuple(tensor.shape), "dense", total)
+    return packed if packed.nbytes + _OVERHEAD_BYTES < total * size else None
+
+
+def pack_csr(weight: CSRWeight) -> Packed:
+    """Pack a CSR weight: every stored entry, also those that have become zero.
+
+    Args:
+        weight: a valid CSR weight on any device.
+
+    Raises:
+        ValueError: its arrays are corrupt.
+    """
+    weight.validate()
+    k, columns = weight.shape[0], math.prod(weight.shape[1:])
+    positions = _codec.csr_to_positions(
+        weight.row_ptr.detach().cpu().contiguous().numpy(),
+        weight.col_idx.detach().cpu().contiguous().numpy(),
+        columns,
+    )
+    values = weight.values.detach().cpu().contiguous()
+    return _pack(values, positions, tuple(weight.shape), "csr", k * columns)
+
+
+def _pack(
+    values: Tensor, positions: NDArray[np.int64], shape: tuple[int, ...], kind: str, total: int
+) -> Packed:
+    """The smaller of both indices over ascending positions."""
+    spec: dict[str, Any] = {"kind": kind, "shape": list(shape)}
+    _, sizes = _codec.relative_index_cost(positions, total)
+    bits = int(np.argmin(sizes)) + 1
+    gap_bytes = int(sizes[bits - 1])
+    stored = values.numel() * values.element_size() + gap_bytes
+    fits = _unpacked_bytes(shape, values.element_size()) <= _allowed_bytes(stored)
+    if fits and gap_bytes < (total + 7) // 8:
+        stream, entries = _codec.relative_index_encode(positions, bits, total)
+        spec |= {"layout": "relative", "bits": bits, "entries": entries}
+        return Packed(spec, {"values": values, "gaps": torch.from_numpy(stream)})
+    mask = np.zeros(total, dtype=np.bool_)
+    mask[positions] = True
+    spec["layout"] = "bitmask"
+    return Packed(spec, {"values": values, "mask": torch.from_numpy(_codec.bitmask_pack(mask))})
+
+
+def unpack_dense(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Tensor:
+    """The dense tensor, contiguous, bit for bit as it was packed.
+
+    Raises:
+        ValueError: specification and arrays do not fit, or an index is corrupt.
+    """
+    values, positions, shape = _unpack(spec, arrays, "dense")
+    if values.dtype not in _BITS_OF:
+        raise ValueError(f"unpack: expected values of a floating-point dtype, got {values.dtype}")
+    words = values.contiguous().view(_BITS_OF[values.dtype]).numpy()
+    dense = np.zeros(math.prod(shape), dtype=words.dtype)
+    dense[positions] = words
+    return torch.from_numpy(dense).view(values.dtype).reshape(shape)
+
+
+def unpack_csr(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> CSRWeight:
+    """The CSR weight as it was packed, validated.
+
+    Raises:
+        ValueError: specification and arrays do not fit, or an index is corrupt.
+    """
+    values, positions, shape = _unpack(spec, arrays, "csr")
+    if len(shape) != 4 or math.prod(shape) >= 2**31:
+        raise ValueError(
+            "unpack: expected shape (K, C/G, R, S) with fewer than 2^31 elements, "
+            f"got {list(shape)}"
+        )
+    row_ptr, col_idx = _codec.positions_to_csr(positions, shape[0], math.prod(shape[1:]))
+    return CSRWeight(
+        values,
+        torch.from_numpy(col_idx),
+        torch.from_numpy(row_ptr),
+        (shape[0], shape[1], shape[2], shape[3]),
+    ).validate()
+
+
+def _unpack(
+    spec: Mapping[str, Any], arrays: Mapping[str, Tensor], kind: str
+) -> tuple[Tensor, NDArray[np.int64], tuple[int, ...]]:
+    """Values, their positions and the shape; checks all sizes before it allocates."""
+    layout, shape = spec.get("layout"), checked_shape(spec.get("shape"))
+    if spec.get("kind") != kind or layout not in INDEX_NAME:
+        raise ValueError(
+            f"unpack: expected kind {kind} with layout {' or '.join(INDEX_NAME)}, "
+            f"got {spec.get('kind')!r} with {layout!r}"
+        )
+    want = {"kind", "layout", "shape"} | ({"bits", "entries"} if layout == "relative" else set())
+    names = {"values", INDEX_NAME[str(layout)]}
+    if set(spec) != want or set(arrays) != names:
+        raise ValueError(
+            f"unpack: expected fields {sorted(want)} and arrays {sorted(names)}, "
+            f"got {sorted(map(str, spec))} and {sorted(arrays)}"
+        )
+    values, index = arrays["values"], arrays[INDEX_NAME[str(layout)]]
+    if values.dim() != 1 or index.dim() != 1 or index.dtype != torch.uint8:
+        raise ValueError(
+            "unpack: expected 1-d values and a 1-d uint8 index, "
+            f"got {values.dim()}-d and {index.dim()}-d {index.dtype}"
+        )
+    stored = values.numel() * values.element_size() + index.numel()
+    if _unpacked_bytes(shape, values.element_size()) > _allowed_bytes(stored):
+        raise ValueError(
+            f"unpack: expected at most {MAX_EXPANSION} times the {stored} stored bytes, "
+            f"got shape {list(shape)}"
+        )
+    total = math.prod(shape)
+    bits_array = index.contiguous().numpy()
+    if layout == "relative":
+        positions = _codec.relative_index_decode(bits_array, spec["bits"], spec["entries"], total)
+    else:
+        positions = np.flatnonzero(_codec.bitmask_unpack(bits_array, total)).astype(
+            np.int64, copy=False
+        )
+    if len(positions) != values.numel():
+        raise ValueError(
+            f"unpack: expected {len(positions)} values for the stored index, got {values.numel()}"
+        )
+    return values, positions, shape
+
+
+def checked_shape(value: object) -> tuple[int, ...]:
+    """A shape from JSON.
+
+    Raises:
+        ValueError: not a list of at most 8 non-negative integers below 2^33.
+    """
+    if (
+        not isinstance(value, list)
+        or len(value) > 8
+        or any(type(n) is not int or not 0 <= n <= _codec.MAX_POSITIONS for n in value)
+    ):
+        raise ValueError(
+            f"unpack: expected shape a list of at most 8 non-negative integers, got {value!r:.80}"
+        )
+    return tuple(value)
+
+
+def _unpacked_bytes(shape: tuple[int, ...], element_bytes: int) -> int:
+    # Counts an extent of zero as one: the row pointers of (2^31, 0, 1, 1) take memory too.
+    return math.prod(max(n, 1) for n in shape) * element_bytes
+
+
+def _allowed_bytes(stored_bytes: int) -> int:
+    return _EXPANSION_FLOOR_BYTES + MAX_EXPANSION * stored_bytes
