@@ -1,0 +1,83 @@
+"""Pruning: zeros in the weights of a model, and masks that hold them during training.
+
+`prune_` prunes once; `Pruner` prunes on a schedule while an optimizer runs. Both are built from
+the same parts: granularity (what lives or dies together), importance (what a weight is worth),
+selection (scores to masks), budget and schedule (how much, when).
+"""
+
+from .api import config_from_dict, config_to_dict, prune, prune_
+from .budget import Budget
+from .granularity import (
+    NM,
+    Block,
+    block,
+    channel,
+    element,
+    filter_,
+    kernel,
+    layer,
+    neuron,
+    shape,
+)
+from .granularity import parse as parse_granularity
+from .importance import Magnitude, PruneConfig, Random, register_importance
+from .mask import Mask
+from .protocols import (
+    Calibration,
+    Compensator,
+    Granularity,
+    Importance,
+    Regrowth,
+    Regularizer,
+    Schedule,
+    Selector,
+    Stats,
+)
+from .pruner import Pruner
+from .report import LayerSparsity, SparsityReport, sparsity
+from .schedule import Event, OneShot, Polynomial
+from .selection import TopK
+from .targets import Target, find_targets
+
+__all__ = [
+    "NM",
+    "Block",
+    "Budget",
+    "Calibration",
+    "Compensator",
+    "Event",
+    "Granularity",
+    "Importance",
+    "LayerSparsity",
+    "Magnitude",
+    "Mask",
+    "OneShot",
+    "Polynomial",
+    "PruneConfig",
+    "Pruner",
+    "Random",
+    "Regrowth",
+    "Regularizer",
+    "Schedule",
+    "Selector",
+    "SparsityReport",
+    "Stats",
+    "Target",
+    "TopK",
+    "block",
+    "channel",
+    "config_from_dict",
+    "config_to_dict",
+    "element",
+    "filter_",
+    "find_targets",
+    "kernel",
+    "layer",
+    "neuron",
+    "parse_granularity",
+    "prune",
+    "prune_",
+    "register_importance",
+    "shape",
+    "sparsity",
+]

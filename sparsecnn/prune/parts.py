@@ -1,0 +1,128 @@
+"""Which parts a `Pruner` ends up with, and whether they fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .budget import Budget
+from .granularity import NM, Axes, Block, element, parse
+from .importance import PruneConfig
+from .protocols import (
+    Calibration,
+    Compensator,
+    Granularity,
+    Importance,
+    Regrowth,
+    Regularizer,
+    Schedule,
+    Selector,
+)
+from .schedule import Polynomial
+from .selection import TopK
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+
+def check_parts(pruner: Pruner) -> None:
+    """Refuse parts that lack a method or do not fit together.
+
+    Raises:
+        TypeError: a part lacks the methods of its protocol.
+        ValueError: the parts do not fit together.
+    """
+    parts: list[tuple[str, object, type]] = [
+        ("granularity", pruner.granularity, Granularity),
+        ("importance", pruner.importance, Importance),
+        ("selector", pruner.selector, Selector),
+        ("compensator", pruner.compensator, Compensator),
+        ("schedule", pruner.schedule, Schedule),
+        ("regrowth", pruner.regrowth, Regrowth),
+        ("calibration", pruner.calibration, Calibration),
+    ]
+    parts += [("regularizers", part, Regularizer) for part in pruner.regularizers]
+    for name, part, protocol in parts:
+        if part is not None and (isinstance(part, type) or not isinstance(part, protocol)):
+            raise TypeError(f"Pruner: expected {name} like {protocol.__name__}, got {part!r}")
+    if pruner.importance is None and getattr(pruner.selector, "uses_scores", True):
+        raise ValueError(
+            f"Pruner: expected an importance for {type(pruner.selector).__name__}, got None"
+        )
+    if pruner.budget is None and getattr(pruner.selector, "uses_budget", True):
+        raise ValueError(
+            f"Pruner: expected a budget for {type(pruner.selector).__name__}, got None; pass "
+            "Budget(sparsity=...) or an importance with sparsity=..."
+        )
+    if pruner.needs and pruner.calibration is None:
+        raise ValueError(
+            f"Pruner: expected calibration to collect {', '.join(sorted(pruner.needs))}, got None"
+        )
+    if pruner.budget is not None and isinstance(pruner.selector, TopK):
+        pruner.selector.check(pruner.targets, pruner.granularity, pruner.budget)
+    if isinstance(pruner.schedule, Polynomial):
+        if isinstance(pruner.granularity, NM):
+            raise ValueError(
+                f"Pruner: expected a schedule that prunes at once for granularity "
+                f"{pruner.granularity}, got {pruner.schedule}; use OneShot"
+            )
+        final = None if pruner.budget is None else pruner.budget.target_sparsity
+        if final is not None and pruner.schedule.initial > final:
+            raise ValueError(
+                f"Pruner: expected Polynomial.initial <= sparsity {final:g}, got "
+                f"{pruner.schedule.initial:g}"
+            )
+
+
+def choose_granularity(
+    given: str | Granularity | None, importance: Importance | None
+) -> Granularity:
+    """The argument, else the importance's field, else single entries.
+
+    Raises:
+        ValueError: both are given and differ.
+    """
+    configured = getattr(importance, "granularity", None)
+    chosen = parse(given) if isinstance(given, str) else given
+    if chosen is not None and configured is not None and chosen != configured:
+        raise ValueError(
+            f"Pruner: expected one granularity, got {chosen} and the importance's {configured}"
+        )
+    if chosen is not None:
+        return chosen
+    return configured if isinstance(configured, (Axes, Block)) else element
+
+
+def choose_budget(
+    given: Budget | None, importance: Importance | None, granularity: Granularity
+) -> Budget | None:
+    """The argument, else the importance's fields, else what an n:m constraint implies.
+
+    Raises:
+        TypeError: not a `Budget`.
+        ValueError: both are given and differ.
+    """
+    if given is not None and not isinstance(given, Budget):
+        raise TypeError(f"Pruner: expected budget to be a Budget, got {given!r}")
+    configured = importance.budget() if isinstance(importance, PruneConfig) else None
+    if given is not None and configured is not None and given != configured:
+        raise ValueError(f"Pruner: expected one budget, got {given} and the importance's")
+    if given is None and configured is None and isinstance(granularity, NM):
+        return Budget(density=granularity.n / granularity.m)
+    return configured if given is None else given
+
+
+def choose_selector(given: Selector | None, importance: Importance | None) -> Selector:
+    """The argument, else `TopK` with the importance's scope.
+
+    Raises:
+        ValueError: both have a scope and they differ.
+    """
+    scope = importance.scope if isinstance(importance, PruneConfig) else None
+    if given is None:
+        return TopK() if scope is None else TopK(scope)
+    if scope is not None and getattr(given, "scope", scope) != scope:
+        raise ValueError(
+            f"Pruner: expected one scope, got the selector's {getattr(given, 'scope', None)!r} "
+            f"and the importance's {scope!r}"
+        )
+    return given

@@ -1,0 +1,370 @@
+"""Pruning while training: the parts of `protocols` run in one fixed order.
+
+```python
+pruner = Pruner(model, importance=Magnitude(sparsity=0.9), schedule=Polynomial(0, 1000, 50))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+pruner.attach(optimizer)
+for x, y in loader:
+    optimizer.zero_grad()
+    (loss_fn(model(x), y) + pruner.penalty()).backward()
+    optimizer.step()          # the hook runs after_step()
+pruner.finalize()
+```
+
+After every optimizer step: (1) proximal steps with each parameter group's own learning rate,
+(2) masks re-applied to the dense weights, (3) optimizer state of dead entries zeroed, (4) one tick
+of the schedule. Steps 2 and 3 belong to mask mode "hard".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import mask as masking
+from .budget import Budget
+from .importance import Random
+from .parts import check_parts, choose_budget, choose_granularity, choose_selector
+from .protocols import (
+    Calibration,
+    Compensator,
+    Granularity,
+    Importance,
+    Regrowth,
+    Regularizer,
+    Schedule,
+    Selector,
+    Stats,
+)
+from .report import SparsityReport, report_of
+from .schedule import Event, OneShot
+from .selection import plan_masks
+from .targets import Target, check_maskable, find_targets, refuse_sparse_layers
+
+
+class Pruner:
+    """Holds masks on a model's weights and changes them on a schedule.
+
+    Building it attaches a mask parametrization to every target (all ones, or what is already
+    zero) and changes no weight, except that masks of torch.nn.utils.prune are folded in: their
+    zeros stay.
+
+    Args:
+        model: the network; stays the same object, its Parameters too.
+        granularity: a granularity or its name; default: the importance's, else "element".
+        budget: how much may stay; default: the importance's fields.
+        importance: scores the weights. Required by the selector `TopK`.
+        selector: turns scores into masks; default `TopK` with the importance's scope.
+        compensator: repairs survivors at each prune event, before the masks are applied.
+        schedule: when to prune; default `OneShot()`, the first tick.
+        regrowth: answers the schedule's "regrow" events.
+        regularizers: penalties and proximal steps of every optimizer step.
+        mask_mode: "hard" or "ste", see `sparsecnn.prune.mask`.
+        targets: what to prune; default `find_targets(model, example_inputs)`.
+        example_inputs: see `find_targets`; used only if `targets` is None.
+        calibration: collects the statistics that the parts list in `needs`.
+        keep_zeros: entries that are zero now stay zero, whatever tool made them.
+        generator: where a `Random` importance without a seed gets one.
+
+    Raises:
+        TypeError: a part lacks the methods of its protocol.
+        ValueError: parts that do not fit together; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        granularity: str | Granularity | None = None,
+        budget: Budget | None = None,
+        importance: Importance | None = None,
+        selector: Selector | None = None,
+        compensator: Compensator | None = None,
+        schedule: Schedule | None = None,
+        regrowth: Regrowth | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        mask_mode: masking.MaskMode = "hard",
+        targets: Sequence[Target] | None = None,
+        example_inputs: Tensor | Sequence[Any] | None = None,
+        calibration: Calibration | None = None,
+        keep_zeros: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if mask_mode not in masking.MODES:
+            raise ValueError(f"Pruner: expected mask_mode 'hard' or 'ste', got {mask_mode!r}")
+        self.model = model
+        self.schedule: Schedule = OneShot() if schedule is None else schedule
+        self.mask_mode: masking.MaskMode = mask_mode
+        self.compensator = compensator
+        self.regrowth = regrowth
+        self.regularizers = tuple(regularizers)
+        self.calibration = calibration
+        self.granularity = choose_granularity(granularity, importance)
+        self.budget = choose_budget(budget, importance, self.granularity)
+        self.selector = choose_selector(selector, importance)
+        # A `Random` without a seed gets one now: state_dict must hold everything that decides.
+        seeded = getattr(importance, "seeded", None)
+        self.importance: Importance | None = importance if seeded is None else seeded(generator)
+        if targets is None:
+            targets = find_targets(model, example_inputs)
+        self.targets = tuple(targets)
+        self._check_targets()
+        check_parts(self)
+
+        self._step = 0
+        self._epoch = 0
+        self._frozen = False
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hook: RemovableHandle | None = None
+        self._finalized = False
+        # Everything is checked; from here on the model changes.
+        self._base = {t: masking.living(t, keep_zeros) for t in self.targets}
+        self._masks: dict[Target, masking.Mask] = {}
+        for t in self.targets:
+            masking.fold_foreign_mask(t)
+            self._masks[t] = masking.attach(t, self._base[t], mask_mode)
+
+    def _check_targets(self) -> None:
+        refuse_sparse_layers(self.model, "Pruner")
+        if not self.targets:
+            raise ValueError("Pruner: expected at least one target, got none")
+        modules = set(self.model.modules())
+        for t in self.targets:
+            if not isinstance(t, Target):
+                raise TypeError(f"Pruner: expected targets from find_targets, got {t!r:.80}")
+            if t.module not in modules:
+                raise ValueError(f"Pruner: expected targets of model, got {t.name!r} of another")
+            check_maskable(t, "Pruner")
+        if len({id(t.dense) for t in self.targets}) != len(self.targets):
+            raise ValueError("Pruner: expected each weight once in targets, got repeats")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the parts ask for."""
+        parts = (self.importance, self.selector, self.compensator)
+        return frozenset().union(*(part.needs for part in parts if part is not None))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
+        """Run `after_step` after every step of `optimizer`; a skipped step (AMP) does not count.
+
+        Returns:
+            The pruner.
+
+        Raises:
+            ValueError: already attached, finalized, or no target is in the optimizer.
+        """
+        self._check_live("attach")
+        if self._optimizer is not None:
+            raise ValueError("Pruner.attach: expected one optimizer, got a second one")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(t.dense) in held for t in self.targets):
+            raise ValueError(
+                "Pruner.attach: expected an optimizer that holds the pruned weights, got none of "
+                f"{len(self.targets)}"
+            )
+        self._optimizer = optimizer
+        self._hook = optimizer.register_step_post_hook(lambda *_: self.after_step())
+        return self
+
+    def penalty(self) -> Tensor:
+        """Sum of the regularizers' penalties, a scalar to add to the loss; 0 without any."""
+        dense = self.targets[0].dense
+        total = torch.zeros((), device=dense.device, dtype=dense.dtype)
+        for part in self.regularizers:
+            total = total + part.penalty(self.targets)
+        return total
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Proximal steps, masks, optimizer state, schedule tick: in this order.
+
+        Called by the hook of `attach`; call it yourself only in a loop without an optimizer.
+
+        Raises:
+            ValueError: finalized, or regularizers without an optimizer to take the rate from.
+        """
+        self._check_live("after_step")
+        if self.regularizers:
+            if self._optimizer is None:
+                raise ValueError(
+                    "Pruner.after_step: expected an attached optimizer for the learning rate of "
+                    "regularizers, got none"
+                )
+            # The rate is read here, not at attach: learning-rate schedulers change it.
+            for group in self._optimizer.param_groups:
+                held = {id(p) for p in group["params"]}
+                inside = [t for t in self.targets if id(t.dense) in held]
+                if inside:
+                    for part in self.regularizers:
+                        part.prox_(inside, float(group["lr"]), self._step)
+        self._hold_zeros()
+        self.step()
+
+    def _hold_zeros(self) -> None:
+        """Re-apply the masks to values and optimizer state; "ste" lets both move."""
+        if self.mask_mode != "hard":
+            return
+        for t, mask in self._masks.items():
+            masking.zero_dead_(t.dense, mask.mask)
+            if self._optimizer is not None:
+                masking.clear_state_(self._optimizer, t.dense, mask.mask)
+
+    @torch.no_grad()
+    def step(self, force: bool = False) -> Event | None:
+        """One tick of the schedule and what it asks for.
+
+        Before training, `step()` is tick 0: `OneShot()` prunes there. Attached to an optimizer,
+        ticks happen by themselves.
+
+        Args:
+            force: prune to the whole budget now if the schedule has nothing for this tick.
+
+        Returns:
+            The event that happened, None for none.
+
+        Raises:
+            ValueError: finalized, or a part answered with something unusable; the tick has not
+                happened then and no mask has changed.
+        """
+        self._check_live("step")
+        event = None if self._frozen else self.schedule.event(self._step, self._epoch)
+        if event is None and force:
+            event = Event("prune")
+        if event is not None:
+            if event.kind == "prune":
+                self._prune(event)
+            elif event.kind == "regrow":
+                self._regrow()
+            else:
+                self._frozen = True
+        self._step += 1
+        return event
+
+    def _prune(self, event: Event) -> None:
+        budget = None if self.budget is None else self.budget.at(event.fraction, event.initial)
+        stats: Stats | None = None
+        if self.needs:
+            assert self.calibration is not None
+            with torch.enable_grad():
+                stats = self.calibration.collect(self.model, self.targets, self.needs)
+        if self.mask_mode == "hard":
+            # A hard-dead entry has no value left to be judged by: only a regrowth revives it.
+            current = {t: self._masks[t].mask.cpu() for t in self.targets}
+        else:
+            current = self._base
+        keep, masks = plan_masks(
+            self.targets,
+            self.granularity,
+            budget,
+            self.importance,
+            self.selector,
+            stats,
+            current,
+        )
+        if self.compensator is not None:
+            for t in self.targets:
+                self.compensator.apply(t, keep[t], stats)
+        self._set_masks(masks)
+
+    def _regrow(self) -> None:
+        if self.regrowth is None:
+            raise ValueError(
+                "Pruner.step: expected a regrowth for the schedule's regrow event, got None"
+            )
+        masks = {}
+        for t in self.targets:
+            old = self._masks[t].mask
+            new = self.regrowth.regrow(t, old.clone())
+            if new.shape != old.shape or new.dtype != torch.bool:
+                raise ValueError(
+                    f"{type(self.regrowth).__name__}: expected a bool mask of shape "
+                    f"{tuple(old.shape)} for layer {t.name!r}, got {new.dtype} {tuple(new.shape)}"
+                )
+            masks[t] = new.cpu() & self._base[t]
+        self._set_masks(masks)
+
+    def _set_masks(self, masks: dict[Target, Tensor]) -> None:
+        for t, mask in masks.items():
+            self._masks[t].mask.copy_(mask)
+        self._hold_zeros()
+
+    def epoch_end(self) -> None:
+        """Count an epoch, for schedules that look at it."""
+        self._check_live("epoch_end")
+        self._epoch += 1
+
+    def masks(self) -> dict[str, Tensor]:
+        """Copies of the masks by weight name ("conv1.weight"): bool, shape of W, True = kept."""
+        return {t.key: self._masks[t].mask.clone() for t in self.targets}
+
+    def sparsity(self) -> SparsityReport:
+        """Zeros of the targets as the forward pass sees them, entries and whole groups."""
+        return report_of(self.targets)
+
+    def finalize(self) -> nn.Module:
+        """Bake the masks into plain weights, remove parametrizations and the hook.
+
+        The Parameters stay the same objects. A second call does nothing.
+
+        Returns:
+            The model.
+        """
+        if not self._finalized:
+            if self._hook is not None:
+                self._hook.remove()
+            for t, mask in self._masks.items():
+                masking.detach(t, mask)
+            self._finalized = True
+        return self.model
+
+    def _check_live(self, what: str) -> None:
+        if self._finalized:
+            raise ValueError(f"Pruner.{what}: expected a pruner in use, got a finalized one")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and masks: tensors and numbers only, loadable with `weights_only=True`.
+
+        Save it next to the state of the model and of the optimizer.
+        """
+        return {
+            "version": 1,
+            "step": self._step,
+            "epoch": self._epoch,
+            "frozen": self._frozen,
+            "seed": getattr(self.importance, "seed", None),
+            "masks": self.masks(),
+            "base": {t.key: self._base[t].clone() for t in self.targets},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: another version, other layers or other shapes; nothing is changed then.
+        """
+        self._check_live("load_state_dict")
+        if state.get("version") != 1:
+            raise ValueError(
+                f"Pruner.load_state_dict: expected version 1, got {state.get('version')!r}"
+            )
+        wanted = {t.key: tuple(t.shape) for t in self.targets}
+        for name in ("masks", "base"):
+            got = {key: tuple(value.shape) for key, value in state[name].items()}
+            if got != wanted:
+                differing = sorted(k for k in {*got, *wanted} if got.get(k) != wanted.get(k))
+                raise ValueError(
+                    f"Pruner.load_state_dict: expected {name} for the pruned layers, got a "
+                    f"difference at {', '.join(differing[:5])}"
+                )
+        self._step, self._epoch = int(state["step"]), int(state["epoch"])
+        self._frozen = bool(state["frozen"])
+        if isinstance(self.importance, Random):
+            self.importance = replace(self.importance, seed=state["seed"])
+        self._base = {t: state["base"][t.key].bool().cpu() for t in self.targets}
+        self._set_masks({t: state["masks"][t.key].bool() for t in self.targets})

@@ -1,0 +1,363 @@
+"""What can be pruned: the weights of convolutions and linear layers, each named once.
+
+Conv weight W: (K, C/G, R, S), read as K filters of C/G kernels of R*S entries in G conv groups.
+Linear weight W: (O, I) is the same with R = S = 1 and G = 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+FilterFn = Callable[[nn.Module, str], bool]
+_SUPPORTED = (nn.Conv2d, nn.Linear)
+_PARAM = "weight"
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One prunable weight: the unit that scores, masks and reports are computed for.
+
+    Compared and hashed by identity, so that it can key dictionaries.
+
+    Attributes:
+        module: the layer that owns the weight.
+        param: attribute name of the weight, "weight".
+        name: qualified name of `module` in the model, "" for the model itself.
+        aliases: all qualified names under which the weight is reachable, `name` first.
+        owners: all modules that hold this very Parameter, `module` first (tied weights).
+    """
+
+    module: nn.Module
+    param: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    owners: tuple[nn.Module, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Qualified name of the weight, as in `named_parameters` of the unpruned model."""
+        return f"{self.name}.{self.param}" if self.name else self.param
+
+    @property
+    def dense(self) -> nn.Parameter:
+        """The trained Parameter behind any mask: what the optimizer holds. Shape of W."""
+        parameter = _raw_parameter(self.module)
+        assert parameter is not None, "check_maskable refuses weights without one"
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the forward pass uses: `dense` times every attached mask. Shape of W."""
+        mask = self.foreign_mask
+        if mask is not None:
+            # The `weight` attribute is only refreshed by the forward hook: stale after a step.
+            return self.dense * mask
+        weight = getattr(self.module, self.param)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def foreign_mask(self) -> Tensor | None:
+        """The mask that torch.nn.utils.prune attached to the weight, None without one."""
+        if self.module._parameters.get(f"{self.param}_orig") is None:
+            return None
+        return self.module._buffers.get(f"{self.param}_mask")
+
+    def values(self) -> Tensor:
+        """`dense` as float64 on the CPU, detached.
+
+        Scores are computed there so that the same weights give the same masks on every device,
+        and so that small squares do not underflow into ties.
+        """
+        return self.dense.detach().to("cpu", torch.float64)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of W: (K, C/G, R, S) or (O, I)."""
+        parameter = _raw_parameter(self.module)
+        return self.weight.shape if parameter is None else parameter.shape
+
+    @property
+    def grouped_shape(self) -> tuple[int, int, int, int]:
+        """W's entries as (G, K/G, C/G, R*S), in memory order of a contiguous W."""
+        groups = getattr(self.module, "groups", 1)
+        shape = self.shape
+        spatial = 1
+        for size in shape[2:]:
+            spatial *= size
+        return groups, shape[0] // groups, shape[1], spatial
+
+
+def find_targets(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | None = None,
+    types: Sequence[type[nn.Module]] = _SUPPORTED,
+    ignore: Sequence[str] = (),
+    filter_fn: FilterFn | None = None,
+    *,
+    include_classifier: bool = False,
+) -> list[Target]:
+    """List the prunable weights of `model`, in registration order.
+
+    The classifier is left out: it is the last `nn.Linear` of a model with at least two prunable
+    layers. "Last" means last called when `example_inputs` are given, else last registered. A
+    model without `nn.Linear` has no classifier in this sense; name it in `ignore`.
+
+    Args:
+        model: any module; a bare layer is a model with one target called "".
+        example_inputs: one input tensor or the positional arguments of `model`, used only to
+            find the order in which layers are called (one forward pass in evaluation mode).
+        types: layer classes, each `nn.Conv2d` or `nn.Linear` or a subclass.
+        ignore: qualified names or "re:<regular expression>" (matched in full) to leave out.
+        filter_fn: `filter_fn(module, name)` returns False for layers to leave out.
+        include_classifier: list the classifier as well.
+
+    Returns:
+        One target per weight; a weight shared by several layers is listed once, under its first
+        name. May be empty only if `ignore` and `filter_fn` left nothing.
+
+    Raises:
+        TypeError: `model`, `types` or `ignore` have the wrong type.
+        ValueError: no layer of `types`, a name in `ignore` that is none of them, a layer swapped
+            by sparsecnn, or a weight that cannot be masked (lazy, quantized, re-parametrized).
+    """
+    if isinstance(ignore, str):
+        raise TypeError(f"find_targets: expected ignore to be a list of names, got {ignore!r}")
+    candidates = candidate_targets(model, types)
+    refuse_sparse_layers(model, "find_targets")
+    dropped: set[str] = set()
+    for pattern in ignore:
+        dropped.update(t.name for t in match(pattern, candidates, "find_targets: ignore"))
+    classifier = None if include_classifier else find_classifier(model, candidates, example_inputs)
+    found = [
+        t
+        for t in candidates
+        if t.name not in dropped
+        and t is not classifier
+        and (filter_fn is None or filter_fn(t.module, t.name))
+    ]
+    for t in found:
+        check_maskable(t, "find_targets")
+    return found
+
+
+def candidate_targets(
+    model: nn.Module, types: Sequence[type[nn.Module]] = _SUPPORTED
+) -> list[Target]:
+    """All layers of `types` with their aliases, nothing left out and nothing checked.
+
+    Raises:
+        TypeError: `model` is no module or `types` holds an unsupported class.
+        ValueError: there is no such layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"find_targets: expected model to be a torch.nn.Module, got {model!r:.80}")
+    types = tuple(types) if isinstance(types, Iterable) else (types,)
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, _SUPPORTED)):
+            raise TypeError(
+                f"find_targets: expected types to be nn.Conv2d, nn.Linear or subclasses, got {kind}"
+            )
+    names: dict[int, list[str]] = {}
+    owners: dict[int, list[nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, types):
+            parameter = _raw_parameter(module)
+            identity = id(module if parameter is None else parameter)
+            names.setdefault(identity, []).append(name)
+            holders = owners.setdefault(identity, [])
+            if all(module is not holder for holder in holders):
+                holders.append(module)
+    if not names:
+        wanted = ", ".join(kind.__name__ for kind in types)
+        raise ValueError(
+            f"find_targets: expected model to contain a layer of {wanted}, got none in "
+            f"{type(model).__name__}"
+        )
+    return [
+        Target(owners[i][0], _PARAM, names[i][0], tuple(names[i]), tuple(owners[i])) for i in names
+    ]
+
+
+def _raw_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The Parameter behind masks, None if the weight is computed from several tensors."""
+    if parametrize.is_parametrized(module, _PARAM):
+        raw = getattr(module.parametrizations[_PARAM], "original", None)  # type: ignore[index]
+        return raw if isinstance(raw, nn.Parameter) else None
+    parameter = module._parameters.get(f"{_PARAM}_orig")
+    return module._parameters.get(_PARAM) if parameter is None else parameter
+
+
+def find_classifier(
+    model: nn.Module,
+    candidates: Sequence[Target],
+    example_inputs: Tensor | Sequence[Any] | None = None,
+) -> Target | None:
+    """The last `nn.Linear` among two or more layers, None without one.
+
+    Args:
+        model: the network, run once if `example_inputs` are given.
+        candidates: its layers in registration order.
+        example_inputs: see `find_targets`.
+    """
+    if len(candidates) < 2:
+        return None
+    order = list(candidates)
+    if example_inputs is not None:
+        called = _call_order(model, candidates, example_inputs)
+        # Layers that were never called keep their place in front of those that were.
+        order.sort(key=lambda t: max((called.get(o, -1) for o in t.owners), default=-1))
+    linears = [t for t in order if isinstance(t.module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def _call_order(
+    model: nn.Module, candidates: Sequence[Target], example_inputs: Tensor | Sequence[Any]
+) -> dict[nn.Module, int]:
+    """Position of each layer's last call in one forward pass."""
+    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    called: dict[nn.Module, int] = {}
+    calls = 0
+
+    def record(module: nn.Module, _args: object, _output: object) -> None:
+        nonlocal calls
+        called[module] = calls
+        calls += 1
+
+    handles = [o.register_forward_hook(record) for t in candidates for o in t.owners]
+    try:
+        with _evaluating(model), torch.no_grad():
+            model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a forward pass; every module's own flag is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def match(pattern: str, targets: Sequence[Target], what: str) -> list[Target]:
+    r"""The targets that a qualified name or "re:<regular expression>" addresses.
+
+    Args:
+        pattern: a name, or "re:" and an expression that must match a name in full.
+        targets: where to look; aliases of shared weights count.
+        what: start of the error message.
+
+    Raises:
+        TypeError: `pattern` is not a string.
+        ValueError: nothing matches (near matches are listed) or the expression is invalid.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"{what}: expected a layer name, got {pattern!r}")
+    names = {alias: t for t in targets for alias in t.aliases}
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(
+                f"{what}: expected a valid regular expression, got {pattern!r} ({error})"
+            ) from None
+        found = [t for t in targets if any(expression.fullmatch(a) for a in t.aliases)]
+        if not found:
+            raise ValueError(
+                f"{what}: expected a pattern that matches a layer in full, got {pattern!r}; "
+                f"{_near(pattern[3:], names)}"
+            )
+        return found
+    if pattern not in names:
+        raise ValueError(
+            f"{what}: expected the name of a prunable layer, got {pattern!r}; "
+            f"{_near(pattern, names)}"
+        )
+    return [names[pattern]]
+
+
+def _near(name: str, names: Mapping[str, Target]) -> str:
+    """Remedy for an unknown name: inner layers of a block, close spellings, or all names."""
+    inner = [known for known in names if known.startswith(f"{name}.")]
+    if inner:
+        return f"it is a block, use 're:{re.escape(name)}\\..*' for its {len(inner)} layers"
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    if close:
+        return "did you mean " + ", ".join(repr(known) for known in close) + "?"
+    some = list(names)[:8]
+    rest = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
+    return "known layers: " + ", ".join(repr(known) for known in some) + rest
+
+
+def refuse_sparse_layers(model: nn.Module, what: str) -> None:
+    """Refuse a model whose layers were already swapped for sparse ones.
+
+    Raises:
+        ValueError: a module's class has a true attribute `is_sparsecnn_layer`; pruning must come
+            before the kernel swap, because such a layer's index arrays are fixed.
+    """
+    swapped = [
+        f"{name or '(model)'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if getattr(type(module), "is_sparsecnn_layer", False)
+    ]
+    if swapped:
+        shown = ", ".join(swapped[:5]) + (", ..." if len(swapped) > 5 else "")
+        raise ValueError(
+            f"{what}: expected model without swapped sparse layers, got {len(swapped)}: {shown}; "
+            "call sc.densify(model) first"
+        )
+
+
+def check_maskable(target: Target, what: str) -> None:
+    """Check that the weight is an initialized floating-point Parameter free of other rewrites.
+
+    Raises:
+        ValueError: it is not; the message says which layer and what to do.
+    """
+    name = target.name or "(model)"
+    for owner in target.owners:
+        if parametrize.is_parametrized(owner, target.param):
+            kinds = [type(p).__name__ for p in owner.parametrizations[target.param]]  # type: ignore[index]
+            raise ValueError(
+                f"{what}: expected layer {name!r} without parametrizations of its weight, got "
+                f"{', '.join(kinds)}; finalize the other Pruner, or call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
+    parameter = _raw_parameter(target.module)
+    hooked = parameter is not target.module._parameters.get(target.param)
+    if parameter is None or (hooked and target.foreign_mask is None):
+        raise ValueError(
+            f"{what}: expected layer {name!r} to own its weight as a Parameter, got a weight "
+            "computed by a hook (weight_norm, spectral_norm?); remove the hook first"
+        )
+    if hooked and len(target.owners) > 1:
+        raise ValueError(
+            f"{what}: expected torch.nn.utils.prune masks only on unshared weights, got "
+            f"{', '.join(target.aliases)}; call torch.nn.utils.prune.remove on them first"
+        )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"{what}: expected layer {name!r} to be initialized, got a lazy layer; run one forward"
+        )
+    if not parameter.is_floating_point() or parameter.is_meta:
+        raise ValueError(
+            f"{what}: expected layer {name!r} to have a floating-point weight with data, got "
+            f"{parameter.dtype} on {parameter.device}"
+        )
