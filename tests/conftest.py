@@ -74,7 +74,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def _require_cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if not sparsecnn.build_info().get("cuda"):
+    if not sparsecnn.build_info()["cuda_kernels"]:
         pytest.skip("sparsecnn was built without CUDA kernels")
 
 
