@@ -20,7 +20,7 @@ def number(value: float | str | None) -> float:
 
 
 def ms(value: float) -> str:
-    """Milliseconds with three significant digits; "-" for NaN."""
+    """Milliseconds, to the microsecond below 10 ms; "-" for NaN."""
     return "-" if math.isnan(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 

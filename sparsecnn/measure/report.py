@@ -168,8 +168,8 @@ class Report:
 
     def to_text(self, width: int = 120) -> str:
         """The report as plain text without colour codes, at most `width` columns wide."""
-        if isinstance(width, bool) or not isinstance(width, int) or width < 40:
-            raise ValueError(f"to_text: expected width to be an int >= 40, got {width!r}")
+        if isinstance(width, bool) or not isinstance(width, int) or width < 80:
+            raise ValueError(f"to_text: expected width to be an int >= 80, got {width!r}")
         out = io.StringIO()
         console = Console(
             file=out, width=width, force_terminal=False, color_system=None, legacy_windows=False
@@ -279,7 +279,8 @@ def _layer_table(layers: list[LayerReport]) -> Table:
     for head in ("density", "MACs", "dense ms", "now ms", "ratio"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("kernel", overflow="fold", min_width=8)
-    table.add_column("reason", overflow="fold", min_width=12, ratio=1)
+    # Bounded, because a long sentence would otherwise squeeze the layer names first.
+    table.add_column("reason", overflow="fold", min_width=10, max_width=32)
     for layer in layers:
         # Text, never str: a name such as "[bold]" must not be read as markup.
         cells = (
