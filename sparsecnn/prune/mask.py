@@ -79,6 +79,17 @@ def detach(target: Target, mask: Mask) -> None:
     for owner in target.owners:
         # The Parameter itself goes back (not a new tensor), for optimizers that hold it.
         parametrize.remove_parametrizations(owner, target.param, leave_parametrized=False)
+        _weight_first(owner, target.param)
+
+
+def _weight_first(module: nn.Module, param: str) -> None:
+    """Put the weight back in front of the bias, where the layer's constructor registered it.
+
+    Optimizers save their state by position in `parameters()`.
+    """
+    module._parameters.update(
+        {name: module._parameters.pop(name) for name in list(module._parameters) if name != param}
+    )
 
 
 @torch.no_grad()
@@ -113,3 +124,4 @@ def fold_foreign_mask(target: Target) -> None:
     """Turn masks of torch.nn.utils.prune into plain zeros; the Parameter stays the same object."""
     if target.foreign_mask is not None:
         torch_prune.remove(target.module, target.param)  # type: ignore[no-untyped-call]
+        _weight_first(target.module, target.param)

@@ -329,7 +329,9 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Counters and masks: tensors and numbers only, loadable with `weights_only=True`.
 
-        Save it next to the state of the model and of the optimizer.
+        Save it next to the state of the model and of the optimizer. An optimizer's state goes by
+        the order of `parameters()`, which a mask changes (weight after bias): when resuming, build
+        optimizer and pruner in the same order as before.
         """
         return {
             "version": 1,

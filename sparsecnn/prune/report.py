@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -185,7 +184,7 @@ def _layer(t: Target, weight: Tensor) -> LayerSparsity:
     alive = weight != 0
     zeros = int((~alive).sum())
     share = {
-        kind: 1.0 - _mean(granularity.reduce(alive, t, "max"))
+        kind: _share_of_false(granularity.reduce(alive, t, "max"))
         for kind, granularity in _GROUPS.items()
     }
     return LayerSparsity(
@@ -200,6 +199,6 @@ def _layer(t: Target, weight: Tensor) -> LayerSparsity:
     )
 
 
-def _mean(flags: Tensor) -> float:
-    """Share of True; exact, because the sum is an integer."""
-    return int(flags.sum(dtype=torch.int64)) / flags.numel() if flags.numel() else 1.0
+def _share_of_false(flags: Tensor) -> float:
+    """Exact, because it is a quotient of integers; 0 for no flags."""
+    return int((~flags).sum()) / flags.numel() if flags.numel() else 0.0
