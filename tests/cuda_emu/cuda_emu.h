@@ -197,7 +197,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body
     fail("illegal launch configuration");
   if (too_much) fail("more dynamic shared memory than granted");
   ++d.launches;
-  d.kernel = kernel;
+  // The enclosing launcher's template arguments are in the type of its lambda.
+  d.kernel = std::string(kernel) + " " + __PRETTY_FUNCTION__;
   s.grid = grid;
   s.block = block;
   s.body = body;

@@ -1,0 +1,286 @@
+"""Builds the CUDA kernels for the host emulator and calls their launchers through ctypes.
+
+The library is the product's own ``csrc/cuda/*.cu``, compiled by the host compiler with
+``CUDA_EMU`` defined (see ``cuda_emu.h``). Needs g++ and no CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.cases import Problem, memory_format
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+CXX = shutil.which("g++")
+
+_FLAGS = (
+    "-std=c++17 -g1 -DCUDA_EMU -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas"
+).split()
+OPTIMIZED = ("-O1",)
+# Without optimization the sanitizers' checks compile in half the time.
+SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+QUICK = ("-O0",)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+_SHAPE_FIELDS = "n c h w k r s p q stride_h stride_w pad_top pad_left dil_h dil_w groups".split()
+
+
+class ConvShape(ctypes.Structure):
+    """Mirror of ``core/conv_shape.h``."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _SHAPE_FIELDS]
+
+
+class ForwardParams(ctypes.Structure):
+    """Mirror of ``CsrConv2dParams`` in ``core/params.h``."""
+
+    _fields_ = [
+        ("shape", ConvShape),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    ]
+
+
+class GradParams(ctypes.Structure):
+    """Mirror of ``CsrConv2dGradValuesParams`` in ``core/params.h``."""
+
+    _fields_ = [
+        ("shape", ConvShape),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("grad_y", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+        ("grad_values", ctypes.c_void_p),
+    ]
+
+
+def build(
+    output: Path,
+    *,
+    flags: tuple[str, ...] = OPTIMIZED,
+    edits: Mapping[str, tuple[str, str]] | None = None,
+) -> Path:
+    """Compile harness and kernels into one shared library.
+
+    Args:
+        output: path of the library; its folder takes edited copies of the sources.
+        flags: optimization and sanitizers.
+        edits: {file name: (text, replacement)}; the text must occur exactly once. Only a copy is
+            edited: this is how the tests plant faults.
+
+    Returns:
+        `output`.
+    """
+    edits = edits or {}
+    folder = output.parent / (output.stem + "_src")
+    for name, (text, replacement) in edits.items():
+        source = (CSRC / "cuda" / name).read_text()
+        assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+        (folder / "cuda").mkdir(parents=True, exist_ok=True)
+        (folder / "cuda" / name).write_text(source.replace(text, replacement))
+    header_edited = any(not name.endswith(".cu") for name in edits)
+    objects = []
+    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
+        if path.name in edits or header_edited:
+            copy = folder / "cuda" / path.name
+            source_path = copy if copy.exists() else path
+            compiled = output.parent / f"{path.stem}.o"
+            objects.append(_compile(source_path, compiled, flags, folder))
+        else:
+            objects.append(_sound_object(path, flags))
+    _run(*flags, "-shared", *map(str, objects), "-o", str(output))
+    return output
+
+
+def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:
+    """One object file; folders in `first` are searched for headers before the product's."""
+    include = [f"-I{folder}" for folder in (*first, CSRC, HERE)]
+    _run("-x", "c++", *_FLAGS, *flags, *include, "-c", str(source), "-o", str(output))
+    return output
+
+
+@functools.cache
+def _objects_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="cuda_emu_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
+    """The object of an unedited source, compiled once per process."""
+    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
+    return _compile(source, _objects_folder() / name, flags)
+
+
+def _run(*arguments: str) -> None:
+    assert CXX is not None
+    done = subprocess.run([CXX, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Environment for a Python process that loads a library built with `SANITIZED`."""
+    assert CXX is not None
+    runtimes = [
+        subprocess.run(
+            [CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    # Fibers move the stack under the sanitizer's feet: its fake stacks cannot be used. Leaks are
+    # those of the interpreter.
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": options}
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Emulator:
+    """The launchers of one built library, called with CPU tensors."""
+
+    def __init__(self, library: Path) -> None:
+        self._lib = ctypes.CDLL(str(library))
+        for name in ("emu_message", "emu_kernel", "emu_error_string"):
+            getattr(self._lib, name).restype = ctypes.c_char_p
+        self._lib.emu_sizeof_params.restype = ctypes.c_size_t
+        self._lib.emu_launches.restype = ctypes.c_int64
+        self._lib.emu_half_value.restype = ctypes.c_float
+        for name in ("emu_half_bits", "emu_bfloat16_bits"):
+            getattr(self._lib, name).argtypes = [ctypes.c_float]
+        assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
+        self.set_device()
+
+    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
+        """What the launchers are told about the GPU; it steers their choice of kernel."""
+        self._lib.emu_set_device(sm_count, smem_bytes)
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return int(self._lib.emu_launches())
+
+    @property
+    def kernel(self) -> str:
+        """The function that launched last, such as ``launch_tiled<float, 8, 4, 8>``."""
+        text = bytes(self._lib.emu_kernel()).decode()
+        found = re.search(r"launch_\w+<[^>]*>", text)
+        assert found, text
+        return found[0]
+
+    def error_string(self, error: int) -> str:
+        """The launchers' text of an error."""
+        return bytes(self._lib.emu_error_string(error)).decode()
+
+    def half_bits(self, value: float) -> int:
+        """Bits of the stand-in for __half."""
+        return int(self._lib.emu_half_bits(value)) & 0xFFFF
+
+    def half_value(self, bits: int) -> float:
+        """Value of the stand-in for __half."""
+        return float(self._lib.emu_half_value(bits))
+
+    def bfloat16_bits(self, value: float) -> int:
+        """Bits of the stand-in for __nv_bfloat16."""
+        return int(self._lib.emu_bfloat16_bits(value)) & 0xFFFF
+
+    def divergent_barrier(self) -> None:
+        """Runs a kernel in which half of a block skips a barrier."""
+        self._raise(self._lib.emu_divergent_barrier())
+
+    def _raise(self, error: int) -> None:
+        if error == -1:
+            raise RuntimeError(bytes(self._lib.emu_message()).decode())
+        if error:
+            raise ValueError(f"cuda error {error}: {self.error_string(error)}")
+
+    def forward_raw(self, params: ForwardParams) -> None:
+        """csr_conv2d on a parameter block.
+
+        Raises:
+            RuntimeError: what the emulator objects to.
+            ValueError: the error that the launcher returned.
+        """
+        self._raise(self._lib.emu_csr_conv2d(ctypes.byref(params)))
+
+    def grad_raw(self, params: GradParams) -> None:
+        """csr_conv2d_grad_values on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_csr_conv2d_grad_values(ctypes.byref(params)))
+
+    def forward(self, problem: Problem) -> Tensor:
+        """csr_conv2d; the output starts as NaN."""
+        case = problem.case
+        y = torch.full((case.n, case.k, *case.out_size), float("nan"), dtype=case.dtype)
+        y = y.contiguous(memory_format=memory_format(problem.x))
+        self.forward_raw(
+            ForwardParams(
+                shape=shape_of(problem),
+                dtype=_DTYPES[case.dtype],
+                layout=_layout(problem),
+                activation=_ACTIVATIONS.index(case.activation),
+                x=problem.x.data_ptr(),
+                values=problem.values.data_ptr(),
+                col_idx=problem.col_idx.data_ptr(),
+                row_ptr=problem.row_ptr.data_ptr(),
+                bias=_pointer(problem.bias),
+                residual=_pointer(problem.residual),
+                y=y.data_ptr(),
+            )
+        )
+        return y
+
+    def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
+        """csr_conv2d_grad_values; the result starts as NaN."""
+        grad_y = grad_y.contiguous(memory_format=memory_format(problem.x))
+        result = torch.full_like(problem.values, float("nan"))
+        self.grad_raw(
+            GradParams(
+                shape=shape_of(problem),
+                dtype=_DTYPES[problem.case.dtype],
+                layout=_layout(problem),
+                x=problem.x.data_ptr(),
+                grad_y=grad_y.data_ptr(),
+                col_idx=problem.col_idx.data_ptr(),
+                row_ptr=problem.row_ptr.data_ptr(),
+                grad_values=result.data_ptr(),
+            )
+        )
+        return result
+
+
+def shape_of(problem: Problem) -> ConvShape:
+    """The geometry block of a problem."""
+    case = problem.case
+    (n, c, h, w), (r, s), (p, q) = problem.x.shape, case.kernel, case.out_size
+    sizes = (n, c, h, w, case.k, r, s, p, q, *case.stride)
+    return ConvShape(*sizes, case.padding[0], case.padding[2], *case.dilation, case.groups)
+
+
+def _layout(problem: Problem) -> int:
+    return int(memory_format(problem.x) is torch.channels_last)

@@ -1,0 +1,31 @@
+"""Runs a choice of cases on a library built with sanitizers; started by a test, with its path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.cases import build
+from tests.cuda_emu import cases
+from tests.cuda_emu.emulator import Emulator
+
+
+def main() -> None:
+    """Every case in one layout and two block sizes; values are checked too."""
+    emu = Emulator(Path(sys.argv[1]))
+    count = 0
+    for index, case in enumerate(cases.ALL):
+        emu.set_device(1 if index % 3 else 100_000)
+        layout = "channels_last" if index % 2 else "contiguous"
+        problem = build(case.but(layout=layout))
+        # The sanitizer guards both ends of every tensor's allocation.
+        problem.check(emu.forward(problem))
+        emu.grad_values(problem, torch.ones(case.n, case.k, *case.out_size))
+        count += 1
+    print(f"{count} cases passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""csr_conv2d and its value gradient on the emulator: the kernels' logic, without a GPU."""
+
+from __future__ import annotations
+
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import reference, tolerance
+from tests.cases import ConvCase, Problem, build
+from tests.cuda_emu import cases, emulator
+from tests.cuda_emu.emulator import Emulator, ForwardParams, GradParams
+
+pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
+
+# Multiprocessors of the pretended GPU: the fewer, the larger the block that fills them twice.
+SM_COUNTS = {"large": 0, "medium": 1, "small": 100_000}
+
+
+@pytest.fixture(scope="session")
+def emu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulator.build(tmp_path_factory.mktemp("emu") / "emu.so")
+
+
+@pytest.fixture
+def emu(emu_library: Path) -> Emulator:
+    return Emulator(emu_library)
+
+
+@pytest.fixture(params=["0", "1", "2"])
+def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("CUDA_EMU_ORDER", request.param)
+    yield request.param
+
+
+def check_grad(problem: Problem, emu: Emulator) -> Tensor:
+    """Run the value gradient and compare with autograd through the dense float64 convolution."""
+    case = problem.case
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = (case.n, case.k, *case.out_size)
+    if case.integers:
+        grad_y = torch.randint(-3, 4, shape, generator=generator).to(case.dtype)
+    else:
+        grad_y = torch.randn(shape, generator=generator).to(case.dtype)
+
+    def stored(dense: Tensor) -> Tensor:
+        rows = torch.repeat_interleave(torch.arange(case.k), problem.row_ptr.diff().long())
+        return dense.reshape(case.k, -1)[rows, problem.col_idx.long()]
+
+    def exact(g: Tensor, x: Tensor) -> Tensor:
+        dense = reference.conv2d_grad_weight(
+            g,
+            x,
+            case.weight_shape,
+            stride=case.stride,
+            padding=case.padding,
+            dilation=case.dilation,
+            groups=case.groups,
+        )
+        return stored(dense)
+
+    got = emu.grad_values(problem, grad_y)
+    want = exact(grad_y, problem.x)
+    if case.integers:
+        assert torch.equal(got, want.to(case.dtype)), case.id
+    else:
+        terms = case.n * case.out_size[0] * case.out_size[1]
+        magnitude = exact(grad_y.abs(), problem.x.abs())
+        bound = tolerance.conv_bound(magnitude, want, terms, case.dtype)
+        tolerance.assert_within(got, want, bound, case.id)
+    return got
+
+
+@pytest.mark.parametrize("size", SM_COUNTS)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_integers_are_exact(emu: Emulator, family: str, size: str) -> None:
+    emu.set_device(SM_COUNTS[size])
+    kernels = set()
+    for case in cases.FAMILIES[family]:
+        if size == "large" and case.groups == 1:
+            case = case.but(k=case.k + 16)  # what the largest block is for
+        for layout in ("contiguous", "channels_last"):
+            problem = build(case.but(layout=layout))
+            problem.check(emu.forward(problem))
+            kernels.add(emu.kernel)
+    block = {"large": "8, 4, 8", "medium": "4, 2, 8", "small": "2, 1, 8"}[size]
+    assert f"launch_tiled<float, {block}>" in kernels
+
+
+def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No test can fill a grid of 2^31 blocks: a copy with a limit of 3 takes its place.
+    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 3")}
+    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
+    for case in cases.CORE:
+        for order, layout in (("0", "contiguous"), ("1", "contiguous"), ("2", "channels_last")):
+            monkeypatch.setenv("CUDA_EMU_ORDER", order)
+            problem = build(case.but(layout=layout))
+            problem.check(emu.forward(problem))
+            check_grad(problem, emu)
+
+
+@pytest.mark.parametrize("case", cases.CORE, ids=lambda c: c.id)
+def test_core_in_every_type_layout_and_order(
+    emu: Emulator, case: ConvCase, thread_order: str
+) -> None:
+    for variant in cases.variants(case):
+        problem = build(variant)
+        problem.check(emu.forward(problem))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_in_every_type(emu: Emulator, activation: str) -> None:
+    for variant in cases.variants(cases.BASE.but(activation=activation, residual=True, k=8, n=1)):
+        problem = build(variant)
+        problem.check(emu.forward(problem))
+
+
+def test_both_kernels_and_all_blocks_give_the_same_bits(emu: Emulator) -> None:
+    # Same products in the same order with the same rounding, whatever the tiling.
+    # The second number: multiprocessors that the medium block fills twice, the large one not.
+    for case, medium in ((cases.BASE.but(k=34, c=40), 3), (cases.CORE[1], 2)):
+        case = case.but(integers=False)
+        problem = build(case)
+        results, kernels = [], set()
+        for sm_count in (0, medium, 100_000):
+            emu.set_device(sm_count)
+            results.append(emu.forward(problem))
+            kernels.add(emu.kernel)
+        results.append(emu.forward(problem_with_direct_kernel(case)))
+        kernels.add(emu.kernel)
+        assert len(kernels) == 4, kernels  # large, medium, small, direct
+        assert any("direct" in name for name in kernels), kernels
+        for other in results[1:]:
+            assert torch.equal(results[0], other)
+
+
+def problem_with_direct_kernel(case: ConvCase) -> Problem:
+    """The same convolution as one filter per group would see it: repeated input channels."""
+    problem = build(case)
+    x = problem.x.repeat(1, case.k, 1, 1)
+    grouped = case.but(c=case.c * case.k, groups=case.k)
+    return Problem(
+        grouped,
+        x,
+        problem.weight,
+        problem.values,
+        problem.col_idx,
+        problem.row_ptr,
+        problem.bias,
+        problem.residual,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_halo_beyond_shared_memory_goes_direct(emu: Emulator, layout: str) -> None:
+    base = cases.BASE.but(layout=layout, n=1, c=2, k=8)
+    far = base.but(dilation=(300, 300), padding=(0, 0, 0, 0), h=603, w=605, density=0.6)
+    huge_filter = base.but(kernel=(200, 200), padding=(100, 100, 100, 100), h=4, w=4, c=1)
+    for case in (far, huge_filter.but(density=0.01)):
+        problem = build(case)
+        problem.check(emu.forward(problem))
+        assert "direct" in emu.kernel, emu.kernel
+
+
+def test_wide_halo_asks_for_more_shared_memory(emu: Emulator) -> None:
+    # One channel of the staged tile needs more than 48 KB, less than what the GPU may grant.
+    case = cases.BASE.but(dilation=(60, 60), padding=(60, 60, 60, 60), n=1, c=2, k=8, w=20)
+    problem = build(case)
+    problem.check(emu.forward(problem))
+    assert "tiled" in emu.kernel
+    emu.set_device(smem_bytes=48 * 1024)
+    problem.check(emu.forward(problem))
+    assert "direct" in emu.kernel
+
+
+def test_nothing_to_compute_launches_nothing(emu: Emulator) -> None:
+    for case in (cases.BASE.but(n=0), cases.BASE.but(k=0, bias=False)):
+        problem = build(case)
+        before = emu.launches
+        assert emu.forward(problem).numel() == 0
+        assert emu.launches == before
+    before = emu.launches
+    emu.grad_values(build(cases.BASE.but(k=0)), torch.empty(2, 0, 9, 8))
+    assert emu.launches == before
+
+
+def test_unsupported_type_is_refused(emu: Emulator) -> None:
+    problem = build(cases.BASE.but(dtype=torch.float64))
+    with pytest.raises(ValueError, match="invalid argument"):
+        emu.forward(problem)
+    with pytest.raises(ValueError, match="invalid argument"):
+        emu.grad_values(problem, torch.zeros(2, 9, 9, 8, dtype=torch.float64))
+    assert emu.error_string(0) == "no error"
+
+
+def test_nan_passes_every_activation(emu: Emulator) -> None:
+    for activation in reference.ACTIVATIONS:
+        case = cases.BASE.but(integers=False, activation=activation, k=8, n=1, h=3, w=3)
+        problem = build(case)
+        assert problem.bias is not None
+        problem.bias[3] = float("nan")
+        y = emu.forward(problem)
+        assert bool(y[:, 3].isnan().all()) and not bool(y[:, :3].isnan().any()), activation
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
+    # Two channels of 33000 x 33000 half floats: 4.4 GB of addresses, of which the stride touches
+    # the corners only (untouched pages of the mapping take no memory).
+    side, stride = 33_000, 32_999
+    elements = 2 * side * side
+    try:
+        memory = mmap.mmap(-1, 2 * elements)
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    x = torch.frombuffer(memory, dtype=torch.float16)
+    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
+    corners = x[:, :, ::stride, ::stride]
+    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    for k in (3, 8):  # direct and tiled
+        case = ConvCase(n=1, c=2, h=side, w=side, k=k, kernel=(1, 1)).but(
+            padding=(0, 0, 0, 0), stride=(stride, stride), bias=False, dtype=torch.float16
+        )
+        values = torch.arange(1, 2 * k + 1).half()
+        pattern = torch.arange(2).repeat(k).int(), torch.arange(0, 2 * k + 1, 2).int()
+        y = torch.full((1, k, 2, 2), float("nan"), dtype=torch.float16)
+        y = y.contiguous(memory_format=torch.channels_last) if layout else y
+        problem = Problem(case, x, values.view(k, 2, 1, 1), values, *pattern, None, None)
+        common = {
+            "shape": emulator.shape_of(problem),
+            "dtype": 2,
+            "layout": layout,
+            "x": x.data_ptr(),
+            "col_idx": pattern[0].data_ptr(),
+            "row_ptr": pattern[1].data_ptr(),
+        }
+        emu.forward_raw(ForwardParams(**common, values=values.data_ptr(), y=y.data_ptr()))
+        want = reference.conv2d(corners, problem.weight)
+        assert torch.equal(y.double(), want)
+        gradient = torch.full((2 * k,), float("nan"), dtype=torch.float16)
+        ones = torch.ones(1, k, 2, 2, dtype=torch.float16)
+        emu.grad_raw(GradParams(**common, grad_y=ones.data_ptr(), grad_values=gradient.data_ptr()))
+        assert torch.equal(gradient, corners.sum((0, 2, 3)).repeat(k))
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_grad_values_of_integers_are_exact(emu: Emulator, family: str) -> None:
+    for case in cases.FAMILIES[family]:
+        for layout in ("contiguous", "channels_last"):
+            check_grad(build(case.but(layout=layout)), emu)
+
+
+@pytest.mark.parametrize("case", cases.CORE, ids=lambda c: c.id)
+def test_grad_values_in_every_type_and_order(
+    emu: Emulator, case: ConvCase, thread_order: str
+) -> None:
+    for variant in cases.variants(case):
+        check_grad(build(variant), emu)
+
+
+def test_grad_values_summed_by_a_block(emu: Emulator, thread_order: str) -> None:
+    case = cases.BASE.but(n=5, c=2, k=3, h=29, w=30, density=0.5)
+    for variant in (case, case.but(layout="channels_last"), case.but(integers=False)):
+        problem = build(variant)
+        first = check_grad(problem, emu)
+        assert emu.kernel.endswith(", 8>")
+        assert torch.equal(first, check_grad(problem, emu))
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    library = emulator.build(tmp_path / "sanitized.so", flags=emulator.SANITIZED)
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.cuda_emu.sanitized", str(library)],
+        env=emulator.sanitizer_environment(),
+        cwd=emulator.CSRC.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    assert "cases passed" in child.stdout

@@ -1,0 +1,124 @@
+"""The emulator itself: it must catch planted faults, and its 16-bit types must round as torch's.
+
+Without these tests, a green run of the others would say little.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.cases import ConvCase, build
+from tests.cuda_emu import cases, emulator
+from tests.cuda_emu.emulator import Emulator
+
+pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
+
+FORWARD, GRADIENT = "csr_conv2d.cu", "csr_conv2d_grad_values.cu"
+# {name: (file, text, replacement)}: each line is a mistake that someone could make.
+FAULTS = {
+    "no barrier after staging": (
+        FORWARD,
+        "q0 * t.stride_w - t.pad_left);\n      __syncthreads();",
+        "q0 * t.stride_w - t.pad_left);",
+    ),
+    "no barrier before staging": (
+        FORWARD,
+        "if (!__syncthreads_or(stored)) continue;",
+        "(void)stored;",
+    ),
+    "no warp barrier after writing entries": (
+        FORWARD,
+        "__syncwarp();\n          cursor[j] += count;",
+        "cursor[j] += count;",
+    ),
+    "halo shifted by one": (
+        FORWARD,
+        "q0 * t.stride_w - t.pad_left)",
+        "q0 * t.stride_w + 1 - t.pad_left)",
+    ),
+    "no barrier in the team sum": (
+        GRADIENT,
+        "__syncthreads();\n        if (threadIdx.x <",
+        "if (threadIdx.x <",
+    ),
+    "gradient tap shifted by one": (GRADIENT, "s.dil_h - s.pad_top", "s.dil_h + 1 - s.pad_top"),
+}
+ORDERS = ("0", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    folder = tmp_path_factory.mktemp("sound")
+    return Emulator(emulator.build(folder / "sound.so", flags=emulator.QUICK))
+
+
+def is_wrong(emu: Emulator, case: ConvCase, gradient: bool) -> bool:
+    """Whether the emulator objects or the result differs from the sound kernels' rules."""
+    problem = build(case)
+    try:
+        if not gradient:
+            problem.check(emu.forward(problem))
+            return False
+        ones = torch.ones(case.n, case.k, *case.out_size)
+        got = emu.grad_values(problem, ones)
+    except (AssertionError, RuntimeError):
+        return True
+    dense = reference.conv2d_grad_weight(ones, problem.x, case.weight_shape, padding=case.padding)
+    rows = torch.repeat_interleave(torch.arange(case.k), problem.row_ptr.diff().long())
+    return not torch.equal(got.double(), dense.reshape(case.k, -1)[rows, problem.col_idx.long()])
+
+
+# Several chunks of channels; a batch large enough for a block to sum together.
+FORWARD_CASE = cases.BASE.but(c=150, k=17, h=7, w=7, n=1, density=0.3)
+GRADIENT_CASE = cases.BASE.but(n=5, c=2, k=3, h=29, w=30, density=0.5)
+
+
+def test_sound_kernels_pass_the_fault_cases(
+    sound: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        assert not is_wrong(sound, FORWARD_CASE, gradient=False)
+        assert not is_wrong(sound, GRADIENT_CASE, gradient=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    name, text, replacement = FAULTS[fault]
+    edits = {name: (text, replacement)}
+    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+    gradient = name == GRADIENT
+    case = GRADIENT_CASE if gradient else FORWARD_CASE
+    for order in ORDERS:  # a race may be hidden by one order of execution, not by all three
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        if is_wrong(emu, case, gradient):
+            return
+    raise AssertionError(f"not caught: {fault}")
+
+
+def test_divergent_barrier_is_reported(sound: Emulator) -> None:
+    with pytest.raises(RuntimeError, match="never reach"):
+        sound.divergent_barrier()
+
+
+def test_16_bit_types_round_as_torch(sound: Emulator) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 20, (4000,), generator=generator)
+    values = torch.randn(4000, generator=generator) * torch.pow(2.0, exponents)
+    ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 65519.0, 65520.0, 2.0**-25, 3 * 2.0**-25])
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, 2047 * 2.0**-25, 1 + 2.0**-8])
+    for value in torch.cat([values, ties, special]).tolist():
+        one = torch.tensor([value])
+        assert sound.half_bits(value) == int(one.half().view(torch.int16)) & 0xFFFF, value
+        assert sound.bfloat16_bits(value) == int(one.bfloat16().view(torch.int16)) & 0xFFFF, value
+    every = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.float16)
+    for bits, value in enumerate(every.tolist()):
+        got = sound.half_value(bits)
+        assert got == value or (math.isnan(got) and math.isnan(value)), bits
