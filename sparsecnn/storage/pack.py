@@ -3,22 +3,26 @@
 A packed tensor of ``n`` elements, flattened in row-major order, is these arrays:
 
 1. ``values`` ``(nnz,)``, in the dtype of the tensor: the stored entries in ascending position. Of a
-   dense tensor these are the elements whose bits are not those of +0.0, so -0.0 and NaN survive; of
-   a CSR weight the entries it stores, whatever their value.
+   dense tensor these are the elements whose bits are not those of +0.0 (with ``signs``: of neither
+   zero), so -0.0 and NaN survive; of a CSR weight the entries it stores, whatever their value.
 2. One index, uint8:
 
-   a. layout ``bitmask``, array ``mask``: ``ceil(n / 8)`` bytes, bit ``i % 8`` of byte ``i // 8`` says
-      that element ``i`` is stored; padding bits are zero.
+   a. layout ``bitmask``, array ``mask``: ``ceil(n / 8)`` bytes, bit ``i % 8`` of byte ``i // 8``
+      says that element ``i`` is stored; padding bits are zero.
    b. layout ``relative``, array ``gaps``: the relative index of Deep Compression (Han, Mao, Dally,
       ICLR 2016) with ``bits`` per gap, 1 to 8, whichever is smallest for this tensor. ``entries``
       counts entries and fillers. The bit stream is described in ``csrc/codec/relative_index.h``.
 
-The specification beside them (JSON) holds ``kind`` (``dense`` or ``csr``), ``layout``, ``shape`` and,
-for a relative index, ``bits`` and ``entries``.
+3. ``signs``, uint8, of a dense tensor with many -0.0 only: a bitmask over the elements that are not
+   stored, in ascending position, 1 for -0.0. A weight multiplied by a mask of zeros and ones is
+   full of them, and one bit each is far less than a value each.
+
+The specification beside them (JSON) holds ``kind`` (``dense`` or ``csr``), ``layout``, ``shape``,
+``signs`` (whether that array is there) and, for a relative index, ``bits`` and ``entries``.
 
 A file may claim a large tensor with few bytes. No tensor may unpack to more than ``MAX_EXPANSION``
 times its stored bytes (plus a small allowance), so what a file can make the reader allocate is
-bounded by its size; packing falls back to the bitmask where a relative index would be smaller still.
+bounded by its size; where a relative index would be too small for that, packing takes the bitmask.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ _BITS_OF = {
     torch.float64: torch.int64,
 }
 INDEX_NAME = {"bitmask": "mask", "relative": "gaps"}
+ARRAY_NAMES = ("values", "mask", "gaps", "signs")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Packed:
 
     Attributes:
         spec: JSON-able description, see the module's text.
-        arrays: 1-d tensors by name: ``values`` and ``mask`` or ``gaps``.
+        arrays: 1-d tensors by name: ``values``, ``mask`` or ``gaps``, maybe ``signs``.
     """
 
     spec: dict[str, Any]
@@ -87,9 +92,19 @@ def pack_dense(tensor: Tensor) -> Packed | None:
     # No index is below zero bytes: skip the search where even that would not pay.
     if (total - nnz) * size <= _OVERHEAD_BYTES:
         return None
-    positions = np.flatnonzero(words).astype(np.int64, copy=False)
+    negative = words == np.iinfo(words.dtype).min  # the bits of -0.0
+    signs = None
+    if np.count_nonzero(negative) * size > (total - nnz) // 8 + _OVERHEAD_BYTES:
+        stored = (words != 0) & ~negative
+        signs = _codec.bitmask_pack(negative[~stored])
+        positions = np.flatnonzero(stored).astype(np.int64, copy=False)
+    else:
+        positions = np.flatnonzero(words).astype(np.int64, copy=False)
     values = torch.from_numpy(words[positions]).view(tensor.dtype)
     packed = _pack(values, positions, tuple(tensor.shape), "dense", total)
+    if signs is not None:
+        packed.arrays["signs"] = torch.from_numpy(signs)
+        packed.spec["signs"] = True
     return packed if packed.nbytes + _OVERHEAD_BYTES < total * size else None
 
 
@@ -117,7 +132,7 @@ def _pack(
     values: Tensor, positions: NDArray[np.int64], shape: tuple[int, ...], kind: str, total: int
 ) -> Packed:
     """The smaller of both indices over ascending positions."""
-    spec: dict[str, Any] = {"kind": kind, "shape": list(shape)}
+    spec: dict[str, Any] = {"kind": kind, "shape": list(shape), "signs": False}
     _, sizes = _codec.relative_index_cost(positions, total)
     bits = int(np.argmin(sizes)) + 1
     gap_bytes = int(sizes[bits - 1])
@@ -140,10 +155,13 @@ def unpack_dense(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Tenso
         ValueError: specification and arrays do not fit, or an index is corrupt.
     """
     values, positions, shape = _unpack(spec, arrays, "dense")
-    if values.dtype not in _BITS_OF:
-        raise ValueError(f"unpack: expected values of a floating-point dtype, got {values.dtype}")
     words = values.contiguous().view(_BITS_OF[values.dtype]).numpy()
     dense = np.zeros(math.prod(shape), dtype=words.dtype)
+    if spec["signs"]:
+        zero = np.ones(dense.size, dtype=np.bool_)
+        zero[positions] = False
+        negative = _codec.bitmask_unpack(arrays["signs"].numpy(), dense.size - len(positions))
+        dense[zero] = np.where(negative, np.iinfo(dense.dtype).min, 0)
     dense[positions] = words
     return torch.from_numpy(dense).view(values.dtype).reshape(shape)
 
@@ -179,19 +197,28 @@ def _unpack(
             f"unpack: expected kind {kind} with layout {' or '.join(INDEX_NAME)}, "
             f"got {spec.get('kind')!r} with {layout!r}"
         )
-    want = {"kind", "layout", "shape"} | ({"bits", "entries"} if layout == "relative" else set())
-    names = {"values", INDEX_NAME[str(layout)]}
+    want = {"kind", "layout", "shape", "signs"}
+    want |= {"bits", "entries"} if layout == "relative" else set()
+    names = {"values", INDEX_NAME[str(layout)]} | ({"signs"} if spec.get("signs") else set())
     if set(spec) != want or set(arrays) != names:
         raise ValueError(
             f"unpack: expected fields {sorted(want)} and arrays {sorted(names)}, "
             f"got {sorted(map(str, spec))} and {sorted(arrays)}"
         )
     values, index = arrays["values"], arrays[INDEX_NAME[str(layout)]]
-    if values.dim() != 1 or index.dim() != 1 or index.dtype != torch.uint8:
+    if type(spec["signs"]) is not bool or (spec["signs"] and kind != "dense"):
+        raise ValueError(f"unpack: expected signs true for dense tensors only, got {kind}")
+    if values.dim() != 1 or values.dtype not in _BITS_OF:
         raise ValueError(
-            "unpack: expected 1-d values and a 1-d uint8 index, "
-            f"got {values.dim()}-d and {index.dim()}-d {index.dtype}"
+            f"unpack: expected values 1-d of a floating-point dtype, "
+            f"got {values.dim()}-d {values.dtype}"
         )
+    for name in sorted(names - {"values"}):
+        if arrays[name].dim() != 1 or arrays[name].dtype != torch.uint8:
+            raise ValueError(
+                f"unpack: expected {name} 1-d of uint8, "
+                f"got {arrays[name].dim()}-d {arrays[name].dtype}"
+            )
     stored = values.numel() * values.element_size() + index.numel()
     if _unpacked_bytes(shape, values.element_size()) > _allowed_bytes(stored):
         raise ValueError(

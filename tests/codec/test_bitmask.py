@@ -68,7 +68,9 @@ def test_unpack_refuses(bits: object, count: object, error: type[Exception], tex
         _codec.bitmask_unpack(bits, count)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mask", [np.zeros(3), np.zeros(3, np.int64), [True], np.zeros((2, 2), bool)])
+@pytest.mark.parametrize(
+    "mask", [np.zeros(3), np.zeros(3, np.int64), [True], np.zeros((2, 2), bool)]
+)
 def test_pack_refuses(mask: object) -> None:
     with pytest.raises((TypeError, ValueError), match="mask"):
         _codec.bitmask_pack(mask)  # type: ignore[arg-type]

@@ -1,0 +1,221 @@
+"""The layer types a file may ask for, their constructor arguments, and building them.
+
+A file names types and arguments only. Nothing outside this list is ever constructed, and nothing is
+allocated while constructing: layers are built on the meta device and get their tensors afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.nn import SPARSE_LAYERS, FusedConv2d
+
+CONTAINERS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+}
+_TORCH_LAYERS = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AvgPool3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.CELU, nn.ChannelShuffle,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Dropout, nn.Dropout1d,
+    nn.Dropout2d, nn.Dropout3d, nn.ELU, nn.Flatten, nn.GELU, nn.GroupNorm, nn.Hardsigmoid,
+    nn.Hardswish, nn.Hardtanh, nn.Identity, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.LocalResponseNorm, nn.LogSigmoid,
+    nn.LogSoftmax, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Mish, nn.PReLU, nn.PixelShuffle,
+    nn.PixelUnshuffle, nn.ReLU, nn.ReLU6, nn.ReflectionPad1d, nn.ReflectionPad2d,
+    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax,
+    nn.Softplus, nn.Tanh, nn.Unflatten, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d,
+)  # fmt: skip
+LAYERS: dict[str, type[nn.Module]] = {
+    **{cls.__name__: cls for cls in _TORCH_LAYERS},
+    "FusedConv2d": FusedConv2d,
+    **SPARSE_LAYERS,
+}
+ALLOWED: dict[str, type[nn.Module]] = {**CONTAINERS, **LAYERS}
+_NAMES = {cls: name for name, cls in ALLOWED.items()}
+# The dense layer each sparse layer is built from.
+_DENSE_OF: dict[str, type[nn.Module]] = {"CSRConv2d": nn.Conv2d, "CSRLinear": nn.Linear}
+# Arguments that only say where and how tensors are made, and two deprecated spellings.
+_NOT_STORED = {"self", "device", "dtype", "min_value", "max_value"}
+# Arguments that do not change what a layer computes in evaluation mode.
+COSMETIC = {"inplace", "p", "momentum"}
+
+
+@functools.cache
+def _argument_names(name: str) -> tuple[str, ...]:
+    """Constructor arguments of an allowed type that a file stores; also its attributes' names."""
+    if name in CONTAINERS:
+        return ()
+    if name == "FusedConv2d":  # its own signature is *args, **kwargs
+        return (*_argument_names("Conv2d"), "activation")
+    parameters = inspect.signature(LAYERS[name].__init__).parameters.values()
+    named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return tuple(p.name for p in named if p.name not in _NOT_STORED)
+
+
+def is_storable(value: object, depth: int = 0) -> bool:
+    """Whether a constructor argument survives JSON: scalars and short flat sequences of them."""
+    if isinstance(value, (list, tuple)):
+        return depth < 2 and len(value) <= 16 and all(is_storable(v, depth + 1) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def type_name(module: nn.Module) -> str | None:
+    """Name under which a module of exactly an allowed type is stored; None for every other."""
+    return _NAMES.get(type(module))
+
+
+def arguments_of(module: nn.Module) -> dict[str, Any] | None:
+    """Constructor arguments of a module of an allowed type, or None if they do not describe it.
+
+    They do not when somebody replaced its ``forward``, or its parameters are not those that the
+    constructor makes (masks of ``torch.nn.utils.prune``, an added buffer, an added child).
+    """
+    name = _NAMES[type(module)]
+    if "forward" in module.__dict__ or (name in LAYERS and module._modules):
+        return None
+    arguments: dict[str, Any] = {}
+    for argument in _argument_names(name):
+        if not hasattr(module, argument):
+            return None
+        value = getattr(module, argument)
+        arguments[argument] = value is not None if argument == "bias" else value
+        if not is_storable(arguments[argument]):
+            return None
+    if name in SPARSE_LAYERS:
+        return arguments
+    try:
+        fresh = build(name, arguments)
+    except ValueError:
+        return None
+    return arguments if _shapes(fresh) == _shapes(module) else None
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in own_tensors(module).items()}
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the module itself, by name."""
+    found: dict[str, Tensor] = {}
+    found.update({n: p for n, p in module._parameters.items() if p is not None})
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            found[name] = buffer
+    return found
+
+
+def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = None) -> nn.Module:
+    """Construct a layer without allocating its tensors.
+
+    Args:
+        name: an allowed type.
+        arguments: its constructor arguments as read from JSON (lists stand for tuples).
+        weight: the packed weight, for a sparse layer and only for one.
+
+    Returns:
+        The layer, its tensors on the meta device; a sparse layer with its index arrays set.
+
+    Raises:
+        ValueError: unknown type or argument, or the constructor refuses the arguments.
+    """
+    if name not in ALLOWED:
+        raise ValueError(f"load: expected a layer type sparsecnn knows, got {name!r:.80}")
+    unknown = set(arguments) - set(_argument_names(name))
+    if unknown or not all(is_storable(v) for v in arguments.values()):
+        raise ValueError(
+            f"load: expected arguments of {name} among {', '.join(_argument_names(name))}, "
+            f"got {dict(arguments)!r:.200}"
+        )
+    tuples = {k: _tupled(v) for k, v in arguments.items()}
+    if (weight is not None) != (name in SPARSE_LAYERS):
+        raise ValueError(f"load: expected a packed CSR weight exactly for sparse layers, at {name}")
+    try:
+        with torch.device("meta"):
+            if weight is None:
+                return ALLOWED[name](**tuples)
+            activation = tuples.pop("activation", "none")
+            dense = _DENSE_OF[name](**tuples)
+        return _build_sparse(name, dense, activation, weight)
+    except Exception as error:  # whatever a constructor says about foreign arguments
+        raise ValueError(
+            f"load: expected arguments {name} accepts, got {dict(arguments)!r:.200} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _build_sparse(name: str, dense: nn.Module, activation: str, weight: CSRWeight) -> nn.Module:
+    shape = tuple(dense.weight.shape)  # type: ignore[arg-type]
+    if weight.shape != (*shape, 1, 1)[:4]:
+        raise ValueError(f"weight of shape {weight.shape} where the arguments make {shape}")
+    # Zeros of the full shape that take no memory: packing them gives the empty sparse layer.
+    values = weight.values
+    dense.weight = nn.Parameter(values.new_zeros(()).expand(shape), requires_grad=True)
+    layer: nn.Module = SPARSE_LAYERS[name].from_dense(dense, activation=activation)  # type: ignore[attr-defined]
+    layer.values = nn.Parameter(values)
+    layer.col_idx, layer.row_ptr = weight.col_idx, weight.row_ptr
+    return layer
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+# Attributes that must agree when one layer takes the place of another.
+_CONV_GEOMETRY = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode",
+)  # fmt: skip
+_LINEAR_GEOMETRY = ("in_features", "out_features")
+_CONTAINER_TYPES = tuple(CONTAINERS.values())
+_CONVS = {"Conv2d", "FusedConv2d", "CSRConv2d"}
+_LINEARS = {"Linear", "CSRLinear"}
+
+
+def replacement_obstacle(
+    name: str, arguments: Mapping[str, Any], has_tensors: bool, old: nn.Module
+) -> str | None:
+    """Why a layer of a file must not take the place of ``old``; None when it may.
+
+    A convolution takes the place of a convolution and a linear layer of a linear layer of the same
+    geometry (the bias may differ: folding a batch norm adds one); ``Identity`` that of a folded
+    layer, a layer without tensors that of a batch norm with an activation of its own; a
+    ``Sequential`` that of a linear layer (a densified one with its activation).
+    """
+    is_conv = isinstance(old, (nn.Conv2d, SPARSE_LAYERS["CSRConv2d"]))
+    is_linear = isinstance(old, (nn.Linear, SPARSE_LAYERS["CSRLinear"]))
+    is_norm = isinstance(old, nn.modules.batchnorm._BatchNorm)
+    geometry: tuple[str, ...] = ()
+    if name in _CONVS and is_conv:
+        geometry = _CONV_GEOMETRY
+    elif name in _LINEARS and is_linear:
+        geometry = _LINEAR_GEOMETRY
+    elif not (
+        (name == "Identity" and not (is_conv or is_linear or type(old) in _CONTAINER_TYPES))
+        or (name == "Sequential" and is_linear)
+        or (name in LAYERS and not has_tensors and is_norm)
+    ):
+        return f"the file has {name}, the model {type(old).__name__}"
+    for attribute in geometry:
+        want, got = _tupled(arguments.get(attribute)), getattr(old, attribute)
+        if want != got:
+            return f"the file has {name} with {attribute} {want}, the model {got}"
+    return None
+
+
+def argument_difference(arguments: Mapping[str, Any], module: nn.Module) -> str | None:
+    """First argument in which a module of the same type differs from the file, in words."""
+    for argument, want in arguments.items():
+        got = getattr(module, argument, None)
+        got = got is not None if argument == "bias" else got
+        if argument not in COSMETIC and _tupled(want) != _tupled(got):
+            return f"the file has {argument} {_tupled(want)}, the model {got}"
+    return None
