@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._accelerate_copy import LAYOUTS, MEMORY_FORMATS, in_layout
+from ._accelerate_copy import LAYOUTS, MEMORY_FORMATS, duplicate, in_layout
 from ._accelerate_fold import crop_input, rounding, term_magnitude
 from .measure import LatencyStats, time_interleaved
 from .nn import CSRConv2d, CSRLinear, FusedConv2d
@@ -159,6 +159,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Winner:
+    """A built layer and its largest difference to the dense one on a small random input."""
+
+    module: nn.Module
+    max_abs_diff: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """How to measure: rounds, and by how much a candidate must win."""
 
@@ -188,7 +196,9 @@ def unclear(new: LatencyStats, old: LatencyStats, margin: float) -> bool:
     return gain > margin * old.median_s and not faster(new, old, margin)
 
 
-def choose(layer: Layer, settings: Settings, cache: dict[object, Choice]) -> Choice:
+def choose(
+    layer: Layer, settings: Settings, cache: dict[object, Choice]
+) -> tuple[Choice, dict[str, Winner]]:
     """Time the candidates of a layer in both layouts and decide for each.
 
     Layers with the same `Layer.key` share one measurement, taken on random input of the recorded
@@ -196,17 +206,19 @@ def choose(layer: Layer, settings: Settings, cache: dict[object, Choice]) -> Cho
     time. A candidate that fails on the layer, or computes something else, is out with the reason.
 
     Returns:
-        The choice; its `times` hold at least the dense layer.
+        The choice, whose `times` hold at least the dense layer, and the layers that won in some
+        layout: kernel -> layer.
     """
     built: dict[str, nn.Module] = {}
+    errors: dict[str, float] = {}
     refusals: dict[str, str] = {}
     for name in settings.candidates:
         candidate = CANDIDATES[name]
         why = candidate.applies(layer)
         if why is None:
             try:
-                built[name] = _quiet(candidate.build(layer))
-                why = difference(layer, built[name])[1]
+                built[name] = candidate.build(layer)
+                errors[name], why = difference(layer, built[name])
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 why = f"{type(error).__name__}: {error}"
         if why:
@@ -216,7 +228,9 @@ def choose(layer: Layer, settings: Settings, cache: dict[object, Choice]) -> Cho
     key = (layer.key(), tuple(refusals.items()))
     if key not in cache:
         cache[key] = _measure(layer, built, refusals, settings)
-    return cache[key]
+    winners = set(cache[key].kernel.values())
+    won = {name: Winner(m, errors[name]) for name, m in built.items() if name in winners}
+    return cache[key], won
 
 
 def _measure(
@@ -228,7 +242,7 @@ def _measure(
         inputs = _inputs(layer, layout)
         dense = _quiet(build_dense(layer, layout))
         for name in kernels:
-            module = dense if name == "dense" else built[name]
+            module = dense if name == "dense" else _quiet(built[name])
             label = f"{name} {layout}" if isinstance(layer.module, nn.Conv2d) else name
             fns[label] = _call(module, inputs)
     dense_labels = [label for label in fns if label.split(" ")[0] == "dense"]
@@ -277,10 +291,11 @@ def _decide(
 
 
 def _quiet(module: nn.Module) -> nn.Module:
-    """A layer built for measuring only: without the user's hooks, which may collect or print."""
-    module._forward_hooks = OrderedDict()
-    module._forward_pre_hooks = OrderedDict()
-    return module.eval()
+    """The layer as measured: without the user's hooks, which may collect or print."""
+    quiet = duplicate(module, share=True)
+    quiet._forward_hooks = OrderedDict()
+    quiet._forward_pre_hooks = OrderedDict()
+    return quiet.eval()
 
 
 def _inputs(layer: Layer, layout: str) -> list[Tensor]:
@@ -332,7 +347,7 @@ def difference(layer: Layer, module: nn.Module) -> tuple[float, str]:
             x.abs(), m.weight.abs(), None if m.bias is None else m.bias.abs()
         )
         limit = (16 + 8 * math.sqrt(m.in_features)) * torch.finfo(m.weight.dtype).eps
-    want, got = _quiet(build_dense(layer, "contiguous"))(x), module(x)
+    want, got = _quiet(build_dense(layer, "contiguous"))(x), _quiet(module)(x)
     if got.shape != want.shape or got.dtype != want.dtype:
         return math.inf, f"returned {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)}"
     error = (got - want).abs().double()

@@ -170,16 +170,3 @@ def relayout_(model: nn.Module, layout: str) -> None:
                 else:
                     done[id(parameter)] = nn.Parameter(moved, parameter.requires_grad)
             module._parameters[name] = done[id(parameter)]
-
-
-def unshare_(model: nn.Module) -> None:
-    """Replace every parameter by a copy of its own; ties inside the model are kept."""
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in done:
-                clone = parameter.detach().clone(memory_format=torch.preserve_format)
-                done[id(parameter)] = nn.Parameter(clone, parameter.requires_grad)
-            module._parameters[name] = done[id(parameter)]

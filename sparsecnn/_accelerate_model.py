@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._accelerate_candidates import CANDIDATES, Settings, build_dense, faster, unclear
+from ._accelerate_candidates import Layer, Settings, build_dense, faster, unclear
 from ._accelerate_copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from ._accelerate_fold import Folded
 from ._accelerate_record import is_channels_last, tensors_in
@@ -89,6 +89,8 @@ class Variants:
         self.reference = list(reference)
         self.sites = sites
         self.stable = stable
+        # Folded dense layers by layout, which every variant shares, and what they were made of.
+        self._dense: dict[tuple[Site, str], tuple[Layer, nn.Module]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         convs = any(isinstance(s.module, nn.Conv2d) for s in sites)
         images = any(x.dim() == 4 for x in example)
@@ -107,9 +109,14 @@ class Variants:
                 continue
             if site in plan.swaps:
                 assert choice is not None
-                swaps[site.name] = CANDIDATES[choice.kernel_in(plan.layout)].build(layer)
+                winner = site.built[choice.kernel_in(plan.layout)].module
+                swaps[site.name] = duplicate(winner, share=True)
             elif site.folded is not None and site.folded.replaced:
-                swaps[site.name] = build_dense(layer, plan.layout)
+                dense = self._dense.get((site, plan.layout))
+                if dense is None or dense[0] is not layer:
+                    dense = layer, build_dense(layer, plan.layout)
+                    self._dense[site, plan.layout] = dense
+                swaps[site.name] = duplicate(dense[1], share=True)
             if site.folded is not None:
                 for module, rest in site.folded.replaced.items():
                     swaps[self.names[module]] = rest

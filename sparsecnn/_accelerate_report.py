@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ._accelerate_candidates import CANDIDATES, difference
 from ._accelerate_model import Outcome, Plan, Variants
 from ._accelerate_survey import Site
 from .measure import LayerReport, ModelTiming, Report
@@ -64,8 +63,8 @@ def _layer_report(variants: Variants, site: Site, plan: Plan) -> LayerReport:
 
 
 def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan) -> None:
-    layer, choice = site.layer, site.choice
-    assert layer is not None and choice is not None
+    choice = site.choice
+    assert choice is not None
     kernel = choice.kernel_in(plan.layout) if site in plan.swaps else "dense"
     stats = choice.timing(kernel, plan.layout) or choice.times[choice.best_dense]
     report.candidates_ms = {name: s.median_s * 1e3 for name, s in choice.times.items()}
@@ -90,7 +89,7 @@ def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan
                 reasons.append(f"zero scales of the batch norm removed {gone:.0%} of the weights")
     if site in plan.swaps:
         # Each against the dense folded layer: the sum bounds the difference to the original one.
-        report.max_abs_diff += difference(layer, CANDIDATES[kernel].build(layer))[0]
+        report.max_abs_diff += site.built[kernel].max_abs_diff
     report.reason = "; ".join(reasons)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ._accelerate_candidates import Choice, Layer, Settings, choose
+from ._accelerate_candidates import Choice, Layer, Settings, Winner, choose
 from ._accelerate_copy import MEMORY_FORMATS
-from ._accelerate_fold import Folded, fold, foldable_modules
+from ._accelerate_fold import Folded, all_finite, fold, foldable_modules
 from ._accelerate_record import Call, Recording, record
 from .measure import LatencyStats, time_interleaved
 from .nn import FusedConv2d
@@ -32,6 +32,7 @@ class Site:
         folded: what was folded into it; None for a layer left alone and for linear layers.
         layer: what the candidates replace; None for a layer left alone.
         choice: the measurement; None for a layer left alone.
+        built: kernel -> layer, for those that won; variants of the model share their tensors.
         as_is: time per forward pass of a layer left alone, where it could be measured.
         undone: why a won swap was taken back; empty while it stands.
     """
@@ -43,6 +44,7 @@ class Site:
     folded: Folded | None = None
     layer: Layer | None = None
     choice: Choice | None = None
+    built: dict[str, Winner] = field(default_factory=dict)
     as_is: LatencyStats | None = None
     undone: str = ""
 
@@ -85,7 +87,7 @@ def _unsuitable(module: _ConvNd | nn.Linear) -> str:
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}, left as is"
     if not weight.is_floating_point():
         return f"its weight has dtype {str(weight.dtype).removeprefix('torch.')}, left as is"
-    if not bool(torch.isfinite(weight.detach()).all()):
+    if not all_finite(weight):
         return "its weight has values that are not finite, left as is"
     return ""
 
@@ -162,7 +164,7 @@ def measure_sites(sites: list[Site], settings: Settings, step: Callable[[str], N
                 site.as_is = as_is[key]
         else:
             site.layer = make_layer(site)
-            site.choice = choose(site.layer, settings, cache)
+            site.choice, site.built = choose(site.layer, settings, cache)
         step(site.name)
 
 
