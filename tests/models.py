@@ -32,7 +32,7 @@ def prepare_torchvision() -> bool:
     folder = Path(spec.origin).parent
     try:
         for library in [*folder.glob("_C.so"), *folder.glob("_C.*.so")]:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         torch.ops.torchvision.nms.default  # noqa: B018  (raises when it is not there)
         return True
     except (OSError, RuntimeError, AttributeError):
@@ -45,11 +45,11 @@ def prepare_torchvision() -> bool:
             names |= set(re.findall(r"torchvision::(\w+)", text))
             names |= set(re.findall(r"torch\.ops\.torchvision\.(\w+)", text))
             names |= set(re.findall(r"register_meta\(\"(\w+)\"", text))
-    library = torch.library.Library("torchvision", "DEF")
+    declared = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in sorted(names):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor x) -> Tensor")
-    _declared.append(library)
+            declared.define(f"{name}(Tensor x) -> Tensor")
+    _declared.append(declared)
     return True
 
 

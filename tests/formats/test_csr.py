@@ -133,7 +133,7 @@ def _set(name: str, index: int, value: int) -> Callable[[CSRWeight], CSRWeight]:
     def change(weight: CSRWeight) -> CSRWeight:
         array = getattr(weight, name).clone()
         array[index] = value
-        return dataclasses.replace(weight, **{name: array})
+        return dataclasses.replace(weight, **{name: array})  # type: ignore[arg-type]
 
     return change
 

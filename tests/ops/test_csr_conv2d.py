@@ -24,7 +24,7 @@ DTYPES = {
 
 def variants(case: ConvCase, device: str) -> list[ConvCase]:
     """A case with real and with integer data, in both memory formats and in every dtype."""
-    layouts = (case.layout,)
+    layouts: tuple[str, ...] = (case.layout,)
     if case.layout == "contiguous":
         layouts = ("contiguous", "channels_last")
     found = []

@@ -1,0 +1,1 @@
+"""Benchmarks: real layers and models against the framework, see run.py."""

@@ -1,0 +1,149 @@
+"""Suite `models`: whole networks with masked random weights, accelerated against eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Run, measure
+from sparsecnn.accelerate import accelerate
+from tests.models import create
+
+MODELS = ("resnet50", "vgg16", "mobilenetv2_100")
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
+# Folding and other summation orders move float32 outputs by a few roundings per layer.
+MAX_RELATIVE_ERROR = 1e-3
+
+
+def maskable(name: str, model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that get zeros: all but the first; of MobileNetV2 only the 1x1 ones.
+
+    Args:
+        name: of the model.
+        model: the network.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
+    if name.startswith("mobilenet"):
+        return [m for m in convolutions if m.kernel_size == (1, 1) and m.groups == 1]
+    return convolutions
+
+
+def mask_(name: str, model: nn.Module, sparsity: float, *, seed: int = 0) -> float:
+    """Zero a random, exact share of every maskable convolution, in place.
+
+    Args:
+        name: of the model.
+        model: the network.
+        sparsity: share of zeros.
+        seed: of the choice.
+
+    Returns:
+        Share of zeros over all weights of convolutions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for conv in maskable(name, model):
+            size = conv.weight.numel()
+            drop = torch.randperm(size, generator=generator)[: round(sparsity * size)]
+            conv.weight.view(-1)[drop.to(conv.weight.device)] = 0
+            # Keep the variance of the outputs, so that deep networks stay in range.
+            conv.weight.mul_((1 - sparsity) ** -0.5)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    total = sum(w.numel() for w in weights)
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / total
+
+
+def eager_factory(model: nn.Module, x: Tensor, form: torch.memory_format) -> Callable[[], Run]:
+    """Eager PyTorch with weights and input in one layout."""
+
+    def make() -> Run:
+        model.to(memory_format=form)  # type: ignore[call-overload]
+        image = x.clone(memory_format=form)
+        return lambda: model(image)
+
+    return make
+
+
+def model_factory(model: nn.Module, x: Tensor) -> Callable[[], Run]:
+    """A model as it is; an accelerated one brings its input into its own layout."""
+    return lambda: lambda: model(x)
+
+
+def rows(
+    *,
+    models: Sequence[str],
+    sparsities: Sequence[float],
+    batch: int,
+    device: str,
+    runs: int,
+    max_time_s: float | None,
+) -> Iterator[dict[str, Any]]:
+    """Measure every network at every sparsity; one row of the results at a time.
+
+    Args:
+        models: names of timm.
+        sparsities: shares of zeros of the masked convolutions.
+        batch: N, images of 224 x 224.
+        device: "cpu" or "cuda".
+        runs: timed rounds.
+        max_time_s: budget of one measurement.
+
+    Yields:
+        Plain dicts.
+
+    Raises:
+        AssertionError: the accelerated model computes something else.
+    """
+    x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(device)
+    for name in models:
+        for sparsity in sparsities:
+            # Two eager copies: a layout is a property of the weights, so each needs its own.
+            eager = {}
+            for layout in ("contiguous", "channels_last"):
+                model = create(name).to(device)
+                total = mask_(name, model, sparsity)
+                eager[layout] = model
+            fast = accelerate(eager["contiguous"], x)
+            with torch.inference_mode():
+                want, got = eager["contiguous"](x), fast(x)
+            error = float((got - want).abs().max())
+            scale = float(want.abs().max())
+            assert error <= MAX_RELATIVE_ERROR * scale, f"{name} at {sparsity}: {error} of {scale}"
+            contestants = {
+                "dense contiguous": eager_factory(eager["contiguous"], x, torch.contiguous_format),
+                "dense channels_last": eager_factory(
+                    eager["channels_last"], x, torch.channels_last
+                ),
+                "sparsecnn": model_factory(fast, x),
+            }
+            stats = measure(
+                contestants,
+                runs=runs,
+                warmup=3,
+                min_time_s=0,
+                max_time_s=max_time_s,
+                device=device,
+            )
+            ms = {key: s.median_s * 1e3 for key, s in stats.items()}
+            best_dense = min(("dense contiguous", "dense channels_last"), key=ms.__getitem__)
+            kernels: dict[str, int] = {}
+            for layer in fast.report.layers:  # type: ignore[union-attr]
+                kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
+            yield {
+                "case": name,
+                "label": f"{name} ({100 * total:.0f} % of conv weights are zero)",
+                "sparsity": sparsity,
+                "batch": batch,
+                "ms": ms,
+                "spread": {key: s.iqr_s / s.median_s for key, s in stats.items()},
+                "runs": min(s.runs for s in stats.values()),
+                "best": "sparsecnn",
+                "best_dense": best_dense,
+                "ratios": {"sparsecnn": ms[best_dense] / ms["sparsecnn"]},
+                "ratio": ms[best_dense] / ms["sparsecnn"],
+                "kernels": kernels,
+                "max_abs_error": error,
+            }
