@@ -146,8 +146,7 @@ class NinjaBuild(build_ext):
         ninja.link(library, ops, linker, link_flags)
         python = sysconfig.get_path("include")
         codec_flags = f"-isystem {quote(python)} -isystem {quote(pybind11.get_include())}"
-        codec_objects = ninja.objects("codec", "*.cpp", flags=codec_flags)
-        if codec_objects: ninja.link(codec, codec_objects, cxx, "")
+        ninja.link(codec, ninja.objects("codec", "*.cpp", flags=codec_flags), cxx, "")
         ninja.run()
 
     def get_outputs(self) -> list[str]:

@@ -13,13 +13,20 @@
 namespace sparsecnn::cpu {
 namespace {
 
-constexpr double kVisitCycles = 20.0;       // loop entry and the mispredicted exit, per (filter, panel)
-constexpr double kPartialCycles = 3.0;      // load and store of one partial-sum vector in L2
-constexpr double kTransposeCycles = 5.0;    // per vector of a packed or unpacked L x L transpose
-constexpr double kCopyCycles = 2.0;         // per vector packed without a transpose
-constexpr double kFmaCycles = 1.1;          // per FMA with an operand in L1
-constexpr double kL2Penalty = 0.9;          // added for an operand in L2
-constexpr int64_t kPartialBudget = 192 << 10;  // bytes of partial sums of one thread, a share of L2
+constexpr double kFmaCycles = 1.15;       // FMA with an operand in L1
+constexpr double kL2Penalty = 0.9;        // added for an operand in L2
+constexpr double kScalarCycles = 0.7;     // weight, column and offset of one nonzero
+constexpr double kChainCycles = 4.0;      // latency of an FMA: a nonzero cannot cost less
+constexpr double kVisitCycles = 14.0;     // start and end of a visit
+constexpr double kPartialCycles = 3.5;    // load and store of one partial-sum vector in L2
+constexpr double kTransposeCycles = 6.0;  // per vector packed through an L x L transpose
+constexpr double kScatterCycles = 8.0;    // per vector unpacked through a transpose
+constexpr double kCopyCycles = 3.0;       // per vector packed or unpacked as it is
+constexpr double kRowCycles = 12.0;       // per row of a copy: a new page and stream
+constexpr double kTouchCycles = 1.0;      // per packed vector and block, from L2 to L1
+constexpr double kListCycles = 20.0;       // finding the bounds of one visit
+constexpr double kPanelLimit = 512 << 10;      // bytes of a panel, half of L2
+constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel, partial sums and visits
 constexpr int64_t kCacheLine = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -71,7 +78,7 @@ ConvShape collapse_pointwise(const ConvShape& s, Layout layout, bool* pointwise)
   return c;
 }
 
-// Everything that depends on the block shape alone; returns the estimated cycles of the call.
+// Everything that depends on lanes, block and super-block; returns the estimated cycles of the call.
 double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
                 const CsrMachine& machine, int64_t element_bytes, int32_t threads) {
   const ConvShape& s = plan.shape;
@@ -79,73 +86,92 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
   plan.tile_h = ceil_div(s.p, plan.ly);
   plan.tile_w = ceil_div(s.q, plan.lx);
   plan.image_groups = ceil_div(s.n, plan.ln);
-  plan.blocks_y = ceil_div(plan.tile_h, plan.ny);
-  plan.blocks_x = ceil_div(plan.tile_w, plan.nx);
-  plan.rows = pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr);
-  plan.cols = pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
-  plan.span = static_cast<int32_t>((s.s - 1) * s.dil_w + (plan.nx - 1) * s.stride_w + 1);
+  plan.blocks_y = ceil_div(plan.tile_h, int64_t{plan.ny} * plan.super_y);
+  plan.blocks_x = ceil_div(plan.tile_w, int64_t{plan.nx} * plan.super_x);
+  const int32_t out_rows = plan.ny * plan.super_y, out_cols = plan.nx * plan.super_x;
+  plan.rows = pack_axis(s.r, s.dil_h, s.stride_h, out_rows, nullptr, nullptr);
+  plan.cols = pack_axis(s.s, s.dil_w, s.stride_w, out_cols, nullptr, nullptr);
+  plan.span = static_cast<int32_t>((s.s - 1) * s.dil_w + (out_cols - 1) * s.stride_w + 1);
+  const double block_vecs =  // packed vectors that one block touches
+      static_cast<double>(pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
+      pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
 
-  const double groups = static_cast<double>(s.groups);
   const int64_t cg = s.channels_per_group(), kg = s.filters_per_group();
-  const double nnz_g = nnz / groups;
-  const int64_t channel_bytes = int64_t{plan.rows} * plan.cols * lanes * element_bytes;
-  const double blocks =
-      static_cast<double>(plan.image_groups) * plan.blocks_y * plan.blocks_x * groups;
+  const double nnz_g = nnz / static_cast<double>(s.groups);
+  const double items =
+      static_cast<double>(plan.image_groups * plan.blocks_y * plan.blocks_x * s.groups);
+  // Blocks that do work: a super-block at the border may be cut short.
+  const double blocks = static_cast<double>(
+      plan.image_groups * ceil_div(plan.tile_h, plan.ny) * ceil_div(plan.tile_w, plan.nx) *
+      s.groups);
 
-  // Filters per chunk: partial sums of one thread stay in L2, and all threads have work.
-  const int64_t filter_bytes = vectors * lanes * element_bytes;
-  int64_t chunks = std::max<int64_t>(1, ceil_div(kg * filter_bytes, kPartialBudget));
-  const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
-  const auto imbalance = [&](int64_t c) {
-    const double items = blocks * static_cast<double>(c);
-    const double rounds = static_cast<double>(
-        ceil_div(static_cast<int64_t>(items), static_cast<int64_t>(threads)));
-    return rounds * threads / items;
-  };
-  while (chunks < max_chunks && imbalance(chunks) > 1.12) ++chunks;
-  plan.filter_chunks = chunks;
-
-  double pack;  // cycles per channel and block
   const double vecs = static_cast<double>(plan.rows) * plan.cols;
+  double pack;  // cycles per channel and item
   if (params.layout == Layout::kNHWC) {
     pack = vecs * kTransposeCycles;
   } else if (plan.interleaved) {
-    pack = vecs * kCopyCycles;
+    pack = vecs * kCopyCycles + kRowCycles;
   } else {
     pack = static_cast<double>(plan.rows * ceil_div(plan.span, lanes) * lanes) * kTransposeCycles;
   }
   double unpack;  // cycles per filter and block
   if (params.layout == Layout::kNCHW && !plan.interleaved) {
-    unpack = static_cast<double>(plan.ny * ceil_div(plan.nx, lanes) * lanes) * kTransposeCycles;
+    unpack = static_cast<double>(plan.ny * ceil_div(plan.nx, lanes) * lanes) * kScatterCycles;
   } else {
     unpack = static_cast<double>(vectors) *
-             (plan.interleaved && params.layout == Layout::kNCHW ? kCopyCycles : kTransposeCycles);
+             (plan.interleaved && params.layout == Layout::kNCHW ? kCopyCycles : kScatterCycles);
   }
 
-  double best = 0;
-  const int64_t in_l1 = std::max<int64_t>(1, machine.panel_bytes / channel_bytes);
-  for (int64_t grow = 1; grow <= 8; grow *= 2) {
+  double best = -1;
+  const double channel_bytes = block_vecs * static_cast<double>(lanes * element_bytes);
+  const int64_t in_l1 =
+      std::max<int64_t>(1, static_cast<int64_t>(machine.panel_bytes / channel_bytes));
+  CsrPlan chosen = plan;
+  for (int64_t grow = 1; grow <= 16; grow *= 2) {
     const int64_t want = std::min(cg, in_l1 * grow);
     const int64_t panels = ceil_div(cg, want);
     const int64_t block = ceil_div(cg, panels);
-    const double panel = static_cast<double>(block * channel_bytes);
-    const double miss =
-        std::max(0.0, 1.0 - static_cast<double>(machine.panel_bytes) * 1.15 / panel);
-    const double fma = std::max(static_cast<double>(vectors) * (kFmaCycles + kL2Penalty * miss), 5.0);
-    const double visits = static_cast<double>(kg) * static_cast<double>(panels);
+    const double super_bytes = vecs * static_cast<double>(block * lanes * element_bytes);
+    if (grow > 1 && super_bytes > kPanelLimit) break;
+    // Filters per chunk: the scratch of one thread stays in its share of L2, and all have work.
+    const int64_t filter_bytes =
+        vectors * plan.super_y * plan.super_x * lanes * element_bytes +
+        4 * (panels + 1);
+    const int64_t budget = std::max<int64_t>(
+        kScratchBudget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
+    int64_t chunks = std::max<int64_t>(1, ceil_div(kg * filter_bytes, budget));
+    const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
+    const auto imbalance = [&](int64_t c) {
+      const double n = items * static_cast<double>(c);
+      return static_cast<double>(ceil_div(static_cast<int64_t>(n), threads)) * threads / n;
+    };
+    while (chunks < max_chunks && imbalance(chunks) > 1.12) ++chunks;
+
+    const double panel = static_cast<double>(block) * channel_bytes;
+    const double miss = std::max(0.0, 1.0 - static_cast<double>(machine.panel_bytes) * 1.2 / panel);
+    const double fma =
+        std::max(static_cast<double>(vectors) * (kFmaCycles + kL2Penalty * miss) + kScalarCycles,
+                 kChainCycles);
+    const double visits = static_cast<double>(kg * panels);
+    const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
-        blocks * (static_cast<double>(cg) * pack * static_cast<double>(chunks) +
-                  visits * (kVisitCycles + static_cast<double>(vectors) *
-                                               (panels > 1 ? kPartialCycles : 1.0)) +
-                  nnz_g * fma + static_cast<double>(kg) * unpack);
-    if (best == 0 || cycles < best) {
-      best = cycles;
-      plan.channel_block = block;
-      plan.channel_blocks = panels;
+        items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
+        static_cast<double>(s.groups) * visits * kListCycles +
+        blocks * (visits * (kVisitCycles + static_cast<double>(vectors) *
+                                               (panels > 1 ? kPartialCycles : 1.5)) +
+                  nnz_g * fma + touch * static_cast<double>(chunks) +
+                  static_cast<double>(kg) * unpack);
+    const double total = cycles * imbalance(chunks);
+    if (best < 0 || total < best) {
+      best = total;
+      chosen.channel_block = block;
+      chosen.channel_blocks = panels;
+      chosen.filter_chunks = chunks;
     }
     if (want == cg) break;
   }
-  return best * imbalance(chunks);
+  plan = chosen;
+  return best;
 }
 
 struct Key {
@@ -174,18 +200,28 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
   CsrPlan best = base;
   double best_cycles = -1;
   const auto consider = [&](CsrPlan plan) {
+    const int64_t tile_h = ceil_div(plan.shape.p, plan.ly), tile_w = ceil_div(plan.shape.q, plan.lx);
     for (int32_t ny = 1; ny <= kMaxNy; ++ny) {
-      if (ny > 1 && ny > ceil_div(plan.shape.p, plan.ly)) break;
+      if (ny > 1 && ny > tile_h) break;
       for (int32_t nx = 1; nx <= kMaxNx; ++nx) {
         if (!csr_block_is_legal(ny, nx, machine.max_vectors)) continue;
-        if (nx > 1 && nx > round_up(ceil_div(plan.shape.q, plan.lx), 2)) continue;
-        plan.ny = ny;
-        plan.nx = nx;
-        const double c =
-            evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
-        if (best_cycles < 0 || c < best_cycles) {
-          best_cycles = c;
-          best = plan;
+        if (nx > 1 && nx > round_up(tile_w, 2)) continue;
+        for (const int32_t super : {1, 2, 3, 4, 7, 8}) {
+          plan.ny = ny;
+          plan.nx = nx;
+          plan.super_y = plan.super_x = 1;
+          // Rows share their halo; pixels of a pointwise layer share pages and prefetch streams.
+          (plan.interleaved ? plan.super_x : plan.super_y) = super;
+          if (super > 1 && ceil_div(plan.interleaved ? tile_w : tile_h,
+                                    plan.interleaved ? nx : ny) < super) {
+            break;
+          }
+          const double c =
+              evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
+          if (best_cycles < 0 || c < best_cycles) {
+            best_cycles = c;
+            best = plan;
+          }
         }
       }
     }
@@ -274,19 +310,16 @@ CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& m
                                                chunk_start(plan, params.row_ptr, g, i));
     }
   }
-  const int64_t partial_filters =
-      plan.channel_blocks > 1 ? plan.max_chunk_filters
-                              : std::min<int64_t>(plan.max_chunk_filters, plan.lanes);
-  // One batch of filters more: an unpack always reads whole batches of L filters.
-  const int64_t filter_bytes = int64_t{plan.ny} * plan.nx * plan.lanes * element;
+  const int64_t filter_bytes =
+      int64_t{plan.ny} * plan.nx * plan.super_y * plan.super_x * plan.lanes * element;
   plan.panel_offset = 0;
-  plan.partial_offset = round_up(
-      plan.channel_block * plan.rows * plan.cols * plan.lanes * element, kCacheLine);
-  plan.cursor_offset =
-      plan.partial_offset + round_up(round_up(partial_filters, plan.lanes) * filter_bytes,
-                                     kCacheLine);
+  plan.partial_offset =
+      round_up(plan.channel_block * plan.rows * plan.cols * plan.lanes * element, kCacheLine);
+  plan.bounds_offset =
+      plan.partial_offset + round_up(plan.max_chunk_filters * filter_bytes, kCacheLine);
   plan.thread_bytes =
-      plan.cursor_offset + round_up(plan.max_chunk_filters * 4, kCacheLine) + kCacheLine;
+      plan.bounds_offset +
+      round_up(4 * ((plan.channel_blocks + 1) * plan.max_chunk_filters + kBoundsPad), kCacheLine);
   plan.shared_bytes = round_up(4 * (plan.channel_block * s.r * s.s + plan.rows + plan.cols +
                                     plan.span),
                                8) +
@@ -307,8 +340,8 @@ void csr_plan_tables(CsrPlan& plan, const CsrConv2dParams& params, void* shared)
   plan.chunk_begin = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + used);
 
   std::vector<int32_t> tap_row(static_cast<size_t>(s.r)), tap_col(static_cast<size_t>(s.s));
-  pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, plan.row_source, tap_row.data());
-  pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, plan.col_source, tap_col.data());
+  pack_axis(s.r, s.dil_h, s.stride_h, plan.ny * plan.super_y, plan.row_source, tap_row.data());
+  pack_axis(s.s, s.dil_w, s.stride_w, plan.nx * plan.super_x, plan.col_source, tap_col.data());
   int32_t* tap = plan.tap_offset;
   for (int64_t c = 0; c < plan.channel_block; ++c) {
     for (int64_t r = 0; r < s.r; ++r) {

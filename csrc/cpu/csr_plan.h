@@ -12,6 +12,9 @@
 
 namespace sparsecnn::cpu {
 
+// Entries past the end of the bounds table that the kernel may read.
+inline constexpr int64_t kBoundsPad = 4;
+
 struct CsrPlan {
   // The convolution as the kernel sees it: a pointwise layer (1x1, stride 1, no padding) is
   // collapsed to one row of pixels, and in NHWC to one image.
@@ -21,8 +24,9 @@ struct CsrPlan {
   bool interleaved;            // lane l holds pixel position*L + l (pointwise only), else tiles
   int64_t tile_h, tile_w;      // output positions of one lane
   int32_t ny, nx;              // block of output positions held in registers: ny * nx vectors
-  int64_t image_groups, blocks_y, blocks_x;
-  int32_t rows, cols;          // packed input rows and columns of one block
+  int32_t super_y, super_x;    // blocks that share one packing
+  int64_t image_groups, blocks_y, blocks_x;  // items along images, rows, columns
+  int32_t rows, cols;          // packed input rows and columns of super_y * super_x blocks
   int32_t span;                // source columns between the first and the last packed one, + 1
   int64_t channel_block;       // input channels per panel
   int64_t channel_blocks;
@@ -36,7 +40,7 @@ struct CsrPlan {
   int32_t* col_slot;           // (span): packed column of a source column, or -1
   int64_t* chunk_begin;        // (groups * filter_chunks + 1): first filter of each chunk
   // Per-thread scratch, in bytes from the thread's base.
-  int64_t panel_offset, partial_offset, cursor_offset, thread_bytes;
+  int64_t panel_offset, partial_offset, bounds_offset, thread_bytes;
   int64_t shared_bytes;
 };
 

@@ -38,6 +38,31 @@ SPARSECNN_INLINE float to_acc(bf16 v) {
   return f;
 }
 
+// Bit i is set when p[i] >= bound, for the first n <= kScan integers.
+#if defined(SPARSECNN_ISA_AVX512)
+constexpr int kScan = 16;
+SPARSECNN_INLINE uint32_t at_least(const int32_t* p, int n, int32_t bound) {
+  const __mmask16 m = static_cast<__mmask16>((1u << n) - 1u);
+  return _mm512_mask_cmpge_epi32_mask(m, _mm512_maskz_loadu_epi32(m, p), _mm512_set1_epi32(bound));
+}
+#elif defined(SPARSECNN_ISA_AVX2)
+constexpr int kScan = 8;
+SPARSECNN_INLINE uint32_t at_least(const int32_t* p, int n, int32_t bound) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i m = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+  const __m256i less = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), _mm256_maskload_epi32(p, m));
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_andnot_si256(less, m))));
+}
+#else
+constexpr int kScan = 8;
+SPARSECNN_INLINE uint32_t at_least(const int32_t* p, int n, int32_t bound) {
+  uint32_t mask = 0;
+  for (int i = 0; i < n; ++i) mask |= static_cast<uint32_t>(p[i] >= bound) << i;
+  return mask;
+}
+#endif
+
 template <class S>
 struct Convert;
 template <>

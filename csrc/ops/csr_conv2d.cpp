@@ -1,5 +1,6 @@
 // csr_conv2d and the gradient for its values: schemas, checks, allocation, choice of device.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cpu/kernel_table.h"
 #include "ops/check.h"
@@ -63,6 +64,27 @@ void check_rows(const int32_t* row_ptr, int64_t k, int64_t nnz) {
   for (int64_t i = 0; i < k; ++i) ok &= row_ptr[i] <= row_ptr[i + 1];
   STD_TORCH_CHECK(ok, kOp, ": expected row_ptr to rise from 0 to nnz = ", nnz,
                   ", got a corrupt array ending in ", row_ptr[k]);
+}
+
+// Scratch of the calling thread, kept between calls: fresh memory would be paged in again by every
+// call, which costs more than packing a small layer. It only grows, to a few hundred KB per worker.
+char* thread_scratch(int64_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  const size_t wanted = (static_cast<size_t>(bytes) + 4095) / 4096 * 4096;
+  if (buffer.size < wanted) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    buffer.data = std::aligned_alloc(4096, wanted);
+    STD_TORCH_CHECK(buffer.data != nullptr, kOp, ": could not allocate ", wanted,
+                    " bytes of scratch");
+    buffer.size = wanted;
+  }
+  return static_cast<char*>(buffer.data);
 }
 
 struct Call {
@@ -137,9 +159,7 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_i
       params.dtype == DType::kFloat64 ? table.csr_double : table.csr_float,
       static_cast<int32_t>(threads));
   const int64_t workers = std::min(threads, plan.items);
-  Tensor scratch = torch::stable::new_empty(
-      call.x, {plan.shared_bytes + workers * plan.thread_bytes}, ScalarType::Byte);
-  char* const base = static_cast<char*>(scratch.mutable_data_ptr());
+  char* const base = thread_scratch(plan.shared_bytes + workers * plan.thread_bytes);
   cpu::csr_plan_tables(plan, params, base);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) {
