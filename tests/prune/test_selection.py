@@ -129,7 +129,7 @@ def test_count_keeps_exactly_that_many_groups():
     assert [int(k.sum()) for k in keep.values()] == [5] * len(targets)
     keep = select(targets, scores, filter_, Budget(count=17), scope="global")
     assert sum(int(k.sum()) for k in keep.values()) == 17
-    with pytest.raises(ValueError, match="expected count at most .* got 7 where 'hidden' has 6"):
+    with pytest.raises(ValueError, match=r"expected count at most .* got 7 where 'hidden' has 6"):
         select(targets, scores, filter_, Budget(count=7))
 
 
