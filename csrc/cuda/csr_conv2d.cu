@@ -40,7 +40,7 @@ namespace {
 
 struct alignas(8) Entry {
   float value;
-  int32_t offset;  // floats from a pixel's first staged input
+  int32_t offset;  // bytes from a pixel's first staged input
 };
 
 constexpr int32_t kNoColumn = 2147483647;
@@ -111,18 +111,21 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
   for (int i = threadIdx.x; i < t.chunk * t.taps; i += kWarps * 32) {
     const int c = i / t.taps, tap = i - c * t.taps;
     const int r = tap / t.filter_w, shift = (tap - r * t.filter_w) * t.dil_w;
-    table[i] =
+    const int floats =
         c * t.channel_pitch + r * t.dil_row + shift % t.phases * t.phase_w + shift / t.phases;
+    table[i] = floats * static_cast<int>(sizeof(float));
   }
 
-  // Outputs of this lane inside the tile, and where their inputs start in the staged tile.
+  // Outputs of this lane inside the tile, and where their inputs start in the staged tile: in
+  // bytes, like the entries' offsets, so that an address is one addition in the inner loop.
   const int lane_col = lane & ((1 << t.lanes_q_log2) - 1);
   const int lane_row = (lane >> t.lanes_q_log2) * (kPixels / t.segments);
   int start[kPixels];
 #pragma unroll
   for (int i = 0; i < kPixels; ++i)
     start[i] =
-        (lane_row + i / t.segments) * t.row_stride * t.pitch + i % t.segments * 32 + lane_col;
+        static_cast<int>(sizeof(float)) *
+        ((lane_row + i / t.segments) * t.row_stride * t.pitch + i % t.segments * 32 + lane_col);
 
   for (int64_t work = blockIdx.x; work < t.work; work += gridDim.x) {
     // Filter blocks run fastest: blocks in flight together share their input in L2.
@@ -178,10 +181,11 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
 #pragma unroll 4
           for (int e = 0; e < count; ++e) {
             const Entry entry = entries[e];
-            const float* from = tile + entry.offset;
 #pragma unroll
-            for (int i = 0; i < kPixels; ++i)
-              sum[j][i] = fmaf(entry.value, from[start[i]], sum[j][i]);
+            for (int i = 0; i < kPixels; ++i) {
+              const char* from = reinterpret_cast<const char*>(tile) + (start[i] + entry.offset);
+              sum[j][i] = fmaf(entry.value, *reinterpret_cast<const float*>(from), sum[j][i]);
+            }
           }
           __syncwarp();  // all lanes have read before the next batch overwrites
         } while (count == kWarpLanes);
