@@ -43,10 +43,11 @@ def peak_memory(
     warmup: int = 1,
     inference: bool = True,
 ) -> int:
-    """Peak of the bytes that PyTorch's allocator hands out during `fn`, above those at its start.
+    """Most bytes alive at once of those that PyTorch's allocator hands out during `fn`.
 
-    On the CPU the allocations are replayed from the events of `torch.profiler`; on CUDA they are
-    `torch.cuda.max_memory_allocated`. Scratch memory that libraries get past PyTorch's allocator
+    On the CPU the allocations are replayed from the events of `torch.profiler`, which does not
+    report the end of a tensor from before: freeing one makes no room. On CUDA the result is
+    `torch.cuda.max_memory_allocated` minus what was allocated at the start. Scratch memory that libraries get past PyTorch's allocator
     (oneDNN, cuDNN plans) is not seen on either; `peak_rss` sees it on the CPU.
 
     Args:
