@@ -6,7 +6,7 @@
 // Data layout: x, residual and y are NCHW or channels last; the filter is standard CSR over the
 // lowered matrix (K, C/G*R*S) with int32 columns ascending within a row. Storage is float, half or
 // bfloat16; all sums are float, in ascending column order, one fused multiply-add per entry, so
-// both kernels below give the same bits, at any tiling and on any GPU.
+// both kernels below form the same sums bit by bit, at any tiling.
 //
 // Tiled kernel. A block owns `warps * rows` filters of one group and a tile of 32 * pixels outputs
 // of one image (arithmetic in csr_conv2d_plan.h); it walks the input channels in chunks:
@@ -24,7 +24,8 @@
 //
 // Bound (derived): every multiply-add reads one shared-memory word, and an SM delivers 32 of those
 // per clock against 128 multiply-adds, so the tiled kernel ends at a quarter of the float peak;
-// bank conflicts are designed out (lanes on neighbouring words, pitch and phases in the plan).
+// lanes read neighbouring words, and pitch and phases (see the plan) keep them off each other's
+// banks except in tiles four columns wide and some strided ones, which the plan counts double.
 // GPU timings have not been taken: block shapes, the 48 KB budget and the two-blocks-per-SM rule
 // are reasoned, not measured.
 //
