@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import sparsecnn
+# pytest puts the repository's root first on the path, where the source tree would hide an installed
+# package; the first import decides for the whole run. An editable install leads back to the tree.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+_path = sys.path[:]
+sys.path[:] = [entry for entry in _path if entry not in ("", _ROOT)]
+import sparsecnn  # noqa: E402
+
+sys.path[:] = _path
 
 ISAS = ("scalar", "avx2", "avx512")
 # What the kernel must name in /proc/cpuinfo before an instruction set may be skipped. Read from
@@ -40,6 +48,11 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith("flags"):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
+
+
+def can_run(name: str) -> bool:
+    """Whether the operating system says that the processor has an instruction set."""
+    return _ISA_FLAGS[name] <= cpu_flags()
 
 
 @contextlib.contextmanager
