@@ -47,8 +47,9 @@ def peak_memory(
 
     On the CPU the allocations are replayed from the events of `torch.profiler`, which does not
     report the end of a tensor from before: freeing one makes no room. On CUDA the result is
-    `torch.cuda.max_memory_allocated` minus what was allocated at the start. Scratch memory that libraries get past PyTorch's allocator
-    (oneDNN, cuDNN plans) is not seen on either; `peak_rss` sees it on the CPU.
+    `torch.cuda.max_memory_allocated` minus what was allocated at the start. Scratch memory that
+    libraries get past PyTorch's allocator (oneDNN, cuDNN plans) is not seen on either; `peak_rss`
+    sees it on the CPU.
 
     Args:
         fn: function without arguments.

@@ -42,7 +42,7 @@ def test_top1_is_argmax_on_ties():
 
 
 def test_nan_never_hits():
-    logits = torch.tensor([[NAN, NAN, NAN], [NAN, 1, 2], [0, NAN, 2], [5, 1, 2]])
+    logits = torch.tensor([[NAN, NAN, NAN], [NAN, 1, 2], [5, NAN, 2], [5, 1, 2]])
     result = accuracy(nn.Identity(), [(logits, torch.zeros(4, dtype=torch.long))], topk=(1, 3))
     assert (result["top1_correct"], result["top3_correct"]) == (1, 2)
 

@@ -73,11 +73,14 @@ def test_packages_are_summed_and_their_parts_are_not(machine: Machine):
     machine.add("intel-rapl:1", "package-1", RANGE_UJ)
     machine.add("intel-rapl:0:0", "core", 0)
     machine.add("intel-rapl:2", "psys", 0)
-    machine.add("intel-rapl-mmio:0", "package-0", 0)
+    machine.add("intel-rapl-mmio:0", "package-0", 0)  # the same package once more
 
     def run() -> None:
         machine.spend(1.0, p0=30_000, p1=20_000, p2=500_000)
-        (machine.root / "intel-rapl:0:0" / "energy_uj").write_text("25000")
+        for domain in ("intel-rapl:0:0", "intel-rapl-mmio:0"):
+            # Moves with every call, or a part read by mistake would add nothing.
+            path = machine.root / domain / "energy_uj"
+            path.write_text(str(int(path.read_text()) + 25_000))
 
     assert energy(run, rapl_root=machine.root).joules == pytest.approx(0.05, rel=1e-12)
 
