@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,14 +134,15 @@ def _set(name: str, index: int, value: int) -> Callable[[CSRWeight], CSRWeight]:
     def change(weight: CSRWeight) -> CSRWeight:
         array = getattr(weight, name).clone()
         array[index] = value
-        return dataclasses.replace(weight, **{name: array})  # type: ignore[arg-type]
+        return dataclasses.replace(weight, **{name: array})
 
     return change
 
 
 def _map(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[CSRWeight], CSRWeight]:
     def change(weight: CSRWeight) -> CSRWeight:
-        return dataclasses.replace(weight, **{name: function(getattr(weight, name))})
+        changed: dict[str, Any] = {name: function(getattr(weight, name))}
+        return dataclasses.replace(weight, **changed)
 
     return change
 

@@ -3,6 +3,8 @@ poison would make every other test worthless."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,20 +56,20 @@ def test_activations_agree_with_torch(name: str) -> None:
 def test_grad_weight_is_the_derivative() -> None:
     problem = build(ConvCase(n=2, c=4, k=2, groups=2, stride=(2, 1), dtype=torch.float64))
     grad_y = torch.randn(problem.expected().shape, dtype=torch.float64)
-    geometry = {
+    geometry: dict[str, Any] = {
         "stride": problem.case.stride,
         "padding": problem.case.padding,
         "dilation": problem.case.dilation,
         "groups": problem.case.groups,
     }
     shape = problem.case.weight_shape
-    grad = reference.conv2d_grad_weight(grad_y, problem.x, shape, **geometry)  # type: ignore[arg-type]
+    grad = reference.conv2d_grad_weight(grad_y, problem.x, shape, **geometry)
     # The convolution is linear in the weight: moving one entry by 1 moves <y, grad_y> by its
     # gradient, exactly up to rounding.
     for index in ((0, 0, 0, 0), (1, 1, 2, 1), (0, 1, 1, 2)):
         one = torch.zeros(shape, dtype=torch.float64)
         one[index] = 1
-        moved = reference.conv2d(problem.x, one, **geometry)  # type: ignore[arg-type]
+        moved = reference.conv2d(problem.x, one, **geometry)
         torch.testing.assert_close((moved * grad_y).sum(), grad[index])
 
 
