@@ -127,14 +127,7 @@ def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = No
     Raises:
         ValueError: unknown type or argument, or the constructor refuses the arguments.
     """
-    if name not in ALLOWED:
-        raise ValueError(f"load: expected a layer type sparsecnn knows, got {name!r:.80}")
-    unknown = set(arguments) - set(_argument_names(name))
-    if unknown or not all(is_storable(v) for v in arguments.values()):
-        raise ValueError(
-            f"load: expected arguments of {name} among {', '.join(_argument_names(name))}, "
-            f"got {dict(arguments)!r:.200}"
-        )
+    check_arguments(name, arguments)
     tuples = {k: _tupled(v) for k, v in arguments.items()}
     if (weight is not None) != (name in SPARSE_LAYERS):
         raise ValueError(f"load: expected a packed CSR weight exactly for sparse layers, at {name}")
@@ -163,6 +156,32 @@ def _build_sparse(name: str, dense: nn.Module, activation: str, weight: CSRWeigh
     layer.values = nn.Parameter(values)
     layer.col_idx, layer.row_ptr = weight.col_idx, weight.row_ptr
     return layer
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a type or arguments that no file of ours holds.
+
+    Raises:
+        ValueError: the type is not allowed, or an argument unknown, missing or not a plain value.
+    """
+    if name not in ALLOWED:
+        raise ValueError(f"load: expected a layer type sparsecnn knows, got {name!r:.80}")
+    names = _argument_names(name)
+    missing = _required_arguments(name) - set(arguments)
+    if missing or set(arguments) - set(names) or not all(map(is_storable, arguments.values())):
+        raise ValueError(
+            f"load: expected arguments of {name} among {', '.join(names) or 'none'}"
+            f"{f', with {sorted(missing)}' if missing else ''}, got {dict(arguments)!r:.200}"
+        )
+
+
+@functools.cache
+def _required_arguments(name: str) -> frozenset[str]:
+    constructor = _DENSE_OF.get(name, nn.Conv2d if name == "FusedConv2d" else ALLOWED[name])
+    parameters = inspect.signature(constructor.__init__).parameters.values()
+    return frozenset(p.name for p in parameters if p.default is p.empty) & set(
+        _argument_names(name)
+    )
 
 
 def _tupled(value: Any) -> Any:

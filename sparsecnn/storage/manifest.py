@@ -1,20 +1,18 @@
 """The structure manifest of a model file: what stands where, as JSON in the safetensors header.
 
-Metadata of the file (all strings):
+The metadata of the file is one string under the key ``sparsecnn`` (one, because the order of
+several is not fixed and the same model shall give the same bytes): format version, CRC-32 of the
+JSON in hexadecimal, and the JSON, with one space between them. The JSON holds
 
-1. ``format``: ``sparsecnn``; ``version``: ``1``.
-2. ``manifest``: JSON with
-
-   a. ``modules``: every submodule, parents first: ``path``, ``type`` (an allowed type or
-      ``custom``), ``training``, and ``args`` (constructor arguments), ``class`` (name of a custom
-      type, never constructed) or ``same_as`` (path of the same module object);
-   b. ``packed``: specification of each packed tensor (see ``pack.py``) by state key; the arrays of
-      key ``k`` are called ``k#values``, ``k#mask`` and so on; ``k`` itself is a raw tensor;
-   c. ``aliases``: keys of tied tensors, each with the key that is stored;
-   d. ``channels_last``: keys stored row-major whose memory was channels_last; ``frozen``:
-      parameters that do not require gradients; ``layout``: memory format the model runs in or null;
-   e. ``arrays``: CRC-32 of each stored array over its name, dtype, shape and bytes.
-3. ``manifest_crc32``: of the JSON text.
+1. ``modules``: every submodule, parents first: ``path``, ``type`` (an allowed type or
+   ``custom``), ``training``, and ``args`` (constructor arguments), ``class`` (name of a custom
+   type, never constructed) or ``same_as`` (path of the same module object);
+2. ``packed``: specification of each packed tensor (see ``pack.py``) by state key; the arrays of
+   key ``k`` are called ``k#values``, ``k#mask`` and so on; ``k`` itself is a raw tensor;
+3. ``aliases``: keys of tied tensors, each with the key that is stored;
+4. ``channels_last``: keys stored row-major whose memory was channels_last; ``frozen``:
+   parameters that do not require gradients; ``layout``: memory format the model runs in or null;
+5. ``arrays``: CRC-32 of each stored array over its name, dtype, shape and bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from sparsecnn.nn import SPARSE_LAYERS
 from sparsecnn.storage import _layers
 
-FORMAT = "sparsecnn"
+KEY = "sparsecnn"
 VERSION = "1"
 _MAX_DEPTH = 64
 _LAYOUTS = (None, "contiguous", "channels_last")
@@ -84,12 +82,7 @@ class Manifest:
             },
             separators=(",", ":"),
         )
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "manifest": text,
-            "manifest_crc32": _crc_text(text),
-        }
+        return {KEY: f"{VERSION} {_crc_text(text)} {text}"}
 
     @classmethod
     def decode(cls, metadata: Mapping[str, str] | None) -> Manifest:
@@ -98,15 +91,16 @@ class Manifest:
         Raises:
             ValueError: not ours, another version, damaged, or a field of the wrong form.
         """
-        if not metadata or metadata.get("format") != FORMAT:
+        if not metadata or KEY not in metadata:
             raise ValueError("expected a file written by sparsecnn.save, got one without its mark")
-        if metadata.get("version") != VERSION:
+        version, _, rest = metadata[KEY].partition(" ")
+        checksum, _, text = rest.partition(" ")
+        if version != VERSION:
             raise ValueError(
-                f"expected format version {VERSION}, got {metadata.get('version')!r:.40}; "
+                f"expected format version {VERSION}, got {version!r:.40}; "
                 "read it with the sparsecnn that wrote it"
             )
-        text = metadata.get("manifest", "")
-        if metadata.get("manifest_crc32") != _crc_text(text):
+        if checksum != _crc_text(text):
             raise ValueError("expected a manifest that matches its checksum, got a damaged one")
         try:
             data = json.loads(text)
@@ -224,6 +218,8 @@ def _decode_record(item: object) -> ModuleRecord:
     form = dict if extra == "args" else str
     if set(item) != {"path", "type", "training", extra} or not isinstance(item[extra], form):
         raise ValueError(f"expected {extra} and no more in the record of {path!r:.80}")
+    if extra == "args":
+        _layers.check_arguments(kind, item["args"])
     return ModuleRecord(
         path=path,
         type=kind,

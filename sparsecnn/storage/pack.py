@@ -88,13 +88,14 @@ def pack_dense(tensor: Tensor) -> Packed | None:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     words = flat.view(_BITS_OF[tensor.dtype]).numpy()
     total, size = flat.numel(), flat.element_size()
-    nnz = int(np.count_nonzero(words))
-    # No index is below zero bytes: skip the search where even that would not pay.
-    if (total - nnz) * size <= _OVERHEAD_BYTES:
-        return None
     negative = words == np.iinfo(words.dtype).min  # the bits of -0.0
+    negatives = int(np.count_nonzero(negative))
+    zeros = total - int(np.count_nonzero(words)) + negatives
+    # No index is below zero bytes: skip the search where even that would not pay.
+    if zeros * size <= _OVERHEAD_BYTES:
+        return None
     signs = None
-    if np.count_nonzero(negative) * size > (total - nnz) // 8 + _OVERHEAD_BYTES:
+    if negatives * size > zeros // 8 + _OVERHEAD_BYTES:
         stored = (words != 0) & ~negative
         signs = _codec.bitmask_pack(negative[~stored])
         positions = np.flatnonzero(stored).astype(np.int64, copy=False)
@@ -192,7 +193,7 @@ def _unpack(
 ) -> tuple[Tensor, NDArray[np.int64], tuple[int, ...]]:
     """Values, their positions and the shape; checks all sizes before it allocates."""
     layout, shape = spec.get("layout"), checked_shape(spec.get("shape"))
-    if spec.get("kind") != kind or layout not in INDEX_NAME:
+    if spec.get("kind") != kind or layout not in ("bitmask", "relative"):
         raise ValueError(
             f"unpack: expected kind {kind} with layout {' or '.join(INDEX_NAME)}, "
             f"got {spec.get('kind')!r} with {layout!r}"
@@ -228,6 +229,11 @@ def _unpack(
     total = math.prod(shape)
     bits_array = index.contiguous().numpy()
     if layout == "relative":
+        if type(spec["bits"]) is not int or type(spec["entries"]) is not int:
+            raise ValueError(
+                "unpack: expected bits and entries integers, "
+                f"got {spec['bits']!r:.40} and {spec['entries']!r:.40}"
+            )
         positions = _codec.relative_index_decode(bits_array, spec["bits"], spec["entries"], total)
     else:
         positions = np.flatnonzero(_codec.bitmask_unpack(bits_array, total)).astype(
