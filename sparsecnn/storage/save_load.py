@@ -173,13 +173,18 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
 
 
 def _unshared(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those arrays that view a part of a storage or share one: files hold none such."""
+    """Copies of those arrays that view a part of a storage, share one, or have odd strides.
+
+    Files hold none such. A tensor of one element passes for contiguous whatever its stride is.
+    """
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
     for key, tensor in arrays.items():
         storage = tensor.untyped_storage()
         whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        out[key] = tensor if whole and storage.data_ptr() not in seen else tensor.clone()
+        plain = tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+        is_own = whole and plain and storage.data_ptr() not in seen
+        out[key] = tensor if is_own else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage.data_ptr())
     return out
 
