@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 import sparsecnn.ops
 from sparsecnn.formats.csr import CSRWeight
-from tests.cases import Problem, memory_format
+from tests.cases import ConvCase, Problem, build, memory_format
 from tests.conftest import nan_filled_allocations
+
+POINTWISE: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0, 0, 0)}
 
 
 def op_args(problem: Problem) -> tuple[Any, ...]:
@@ -48,8 +51,26 @@ def grad_values_args(problem: Problem, grad_y: Tensor) -> tuple[Any, ...]:
     )
 
 
+@functools.cache
+def _nan_problem() -> Problem:
+    problem = build(ConvCase(n=1, c=256, k=64, h=16, w=16, density=0.1).but(**POINTWISE))
+    problem.x.fill_(float("nan"))
+    return problem
+
+
+def stain_scratch() -> None:
+    """Leave NaN in the memory that the CPU kernels keep from call to call.
+
+    It is not allocated through torch, so `nan_filled_allocations` cannot reach it; a convolution
+    of NaN can. A kernel that reads what this call has not written shows.
+    """
+    torch.ops.sparsecnn.csr_conv2d.default(*op_args(_nan_problem()))
+
+
 def run_op(problem: Problem) -> Tensor:
-    """The registered operator, its allocations filled with NaN first."""
+    """The registered operator, its allocations and its scratch memory filled with NaN first."""
+    if problem.x.device.type == "cpu":
+        stain_scratch()
     with nan_filled_allocations():
         y: Tensor = torch.ops.sparsecnn.csr_conv2d.default(*op_args(problem))
     return y
