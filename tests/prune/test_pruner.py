@@ -501,10 +501,27 @@ def test_forward_is_right_without_the_hook():
     pruner.step()
     with torch.no_grad():
         for t in pruner.targets:
-            t.dense.add_(1.0)
+            t.dense.sub_(1.0)
+            t.dense.view(-1)[:] = torch.where(
+                pruner.masks()[t.key].view(-1), t.dense.view(-1), torch.tensor([-torch.inf])
+            )
     assert pruner.sparsity()["plain"].zeros == 108
+    assert is_plus_zero(model.plain.weight.detach()[~pruner.masks()["plain.weight"]])
     other = copy.deepcopy(model)
     assert sparsity(other)["plain"].zeros == 108
+
+
+@pytest.mark.parametrize("mode", ["hard", "ste"])
+def test_masks_are_buffers(mode):
+    model = mixed()
+    pruner = Pruner(model, importance=Magnitude(sparsity=0.5), mask_mode=mode)
+    pruner.step()
+    key = "plain.parametrizations.weight.0.mask"
+    for table in (dict(model.named_buffers()), model.state_dict()):
+        assert torch.equal(table[key], pruner.masks()["plain.weight"])
+        assert table[key].dtype == torch.bool
+    assert model.to(torch.float64).state_dict()[key].dtype == torch.bool
+    model(torch.zeros(1, 3, 6, 6, dtype=torch.float64))
 
 
 def test_nm_pruner():

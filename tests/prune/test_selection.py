@@ -122,6 +122,18 @@ def test_global_groups_of_different_sizes_hit_the_nearest_share_of_entries():
             assert all(m.any() for m in masks)
 
 
+def test_ties_between_groups_of_different_sizes_drop_the_last():
+    conv = nn.Conv2d(2, 5, 3)
+    with torch.no_grad():
+        conv.weight.fill_(0.5)
+    targets = find_targets(conv)
+    granularity = block(2, 18)  # rows 0-1, 2-3 and a block of row 4 alone: 36, 36, 18 entries
+    scores = score_targets(Magnitude(), targets, granularity, None)
+    for sparsity, kept in ((0.2, [1, 1, 0]), (0.6, [1, 0, 0]), (0.1, [1, 1, 1])):
+        keep = select(targets, scores, granularity, Budget(sparsity=sparsity))[targets[0]]
+        assert keep.int().tolist() == kept
+
+
 def test_count_keeps_exactly_that_many_groups():
     targets = find_targets(mixed())
     scores = score_targets(Magnitude(), targets, filter_, None)
