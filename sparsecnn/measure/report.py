@@ -7,21 +7,18 @@ for "not measured" and is written as `null` in JSON, because JSON has no NaN.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from ._text import count, ms, number, ratio, scientific, shape, size, times, write_atomic
+from ._text import count, ms, number, ratio, scientific, size, times, write_atomic
 from .latency import LatencyStats
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _NAN = math.nan
 _T = TypeVar("_T")
@@ -153,29 +150,17 @@ class Report:
         return self.to_text()
 
     def __rich__(self) -> RenderableType:
-        summary = Table.grid(padding=(0, 2))
-        summary.add_column(style="bold")
-        summary.add_column()
-        for label, value in summary_rows(self):
-            summary.add_row(Text(label), Text(value))
-        parts: list[RenderableType] = [summary]
-        if self.layers:
-            parts += [Text(), _layer_table(self.layers)]
-        else:
-            parts += [Text(), Text("no convolution or linear layer was considered")]
-        parts += [Text(f"note: {note}") for note in self.notes]
-        return Group(*parts)
+        from .report_table import render_table
+
+        return render_table(self)
 
     def to_text(self, width: int = 120) -> str:
         """The report as plain text without colour codes, at most `width` columns wide."""
         if isinstance(width, bool) or not isinstance(width, int) or width < 80:
             raise ValueError(f"to_text: expected width to be an int >= 80, got {width!r}")
-        out = io.StringIO()
-        console = Console(
-            file=out, width=width, force_terminal=False, color_system=None, legacy_windows=False
-        )
-        console.print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        from .report_table import render_text
+
+        return render_text(self, width)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain dicts and lists plus `schema_version`; NaN stays NaN."""
@@ -270,32 +255,6 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         ("layers", f"{len(report.layers)} considered, {sparse} swapped, layout {report.layout}"),
         ("max |difference|", scientific(report.max_abs_diff)),
     ]
-
-
-def _layer_table(layers: list[LayerReport]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("layer", overflow="fold", min_width=8)
-    table.add_column("weight", overflow="fold")
-    for head in ("density", "MACs", "dense ms", "now ms", "ratio"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("kernel", overflow="fold", min_width=8)
-    # Bounded, because a long sentence would otherwise squeeze the layer names first.
-    table.add_column("reason", overflow="fold", min_width=10, max_width=32)
-    for layer in layers:
-        # Text, never str: a name such as "[bold]" must not be read as markup.
-        cells = (
-            layer.name,
-            shape(layer.weight_shape),
-            "-" if math.isnan(layer.density) else f"{layer.density:.1%}",
-            count(layer.macs),
-            ms(layer.dense_ms),
-            ms(layer.chosen_ms),
-            times(layer.speedup),
-            layer.kernel,
-            layer.reason,
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
 
 
 def _jsonable(value: Any) -> Any:
