@@ -6,9 +6,9 @@
 namespace sparsecnn {
 
 struct ConvShape {
-  int64_t n, c, h, w;          // input
-  int64_t k, r, s;             // output channels, filter height, filter width
-  int64_t p, q;                // output height, output width
+  int64_t n, c, h, w;  // input
+  int64_t k, r, s;     // output channels, filter height, filter width
+  int64_t p, q;        // output height, output width
   int64_t stride_h, stride_w;
   // Only top and left are needed: the bottom and right pads are implied by p and q.
   // A negative pad crops (the input gradient of a convolution with a large pad needs it).

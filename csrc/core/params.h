@@ -16,29 +16,29 @@ enum class Layout : int32_t { kNCHW = 0, kNHWC = 1 };
 // (K, C/G * R * S). Accumulation is float32 (float64 for float64 data), columns ascending.
 struct CsrConv2dParams {
   ConvShape shape;
-  DType dtype;            // of x, values, bias, residual and y
-  Layout layout;          // of x, residual and y
+  DType dtype;    // of x, values, bias, residual and y
+  Layout layout;  // of x, residual and y
   Activation activation;
-  const void* x;          // (N, C, H, W)
-  const void* values;     // (nnz)
-  const int32_t* col_idx; // (nnz), ascending within a row
-  const int32_t* row_ptr; // (K + 1)
-  const void* bias;       // (K) or null
-  const void* residual;   // like y, or null
-  void* y;                // (N, K, P, Q)
+  const void* x;           // (N, C, H, W)
+  const void* values;      // (nnz)
+  const int32_t* col_idx;  // (nnz), ascending within a row
+  const int32_t* row_ptr;  // (K + 1)
+  const void* bias;        // (K) or null
+  const void* residual;    // like y, or null
+  void* y;                 // (N, K, P, Q)
 };
 
 // grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]
 // for the i-th stored position (k, c, r, s): a sampled product, dense only in the activations.
 struct CsrConv2dGradValuesParams {
   ConvShape shape;
-  DType dtype;            // of x, grad_y and grad_values
-  Layout layout;          // of x and grad_y
-  const void* x;          // (N, C, H, W)
-  const void* grad_y;     // (N, K, P, Q)
-  const int32_t* col_idx; // (nnz)
-  const int32_t* row_ptr; // (K + 1)
-  void* grad_values;      // (nnz)
+  DType dtype;             // of x, grad_y and grad_values
+  Layout layout;           // of x and grad_y
+  const void* x;           // (N, C, H, W)
+  const void* grad_y;      // (N, K, P, Q)
+  const int32_t* col_idx;  // (nnz)
+  const int32_t* row_ptr;  // (K + 1)
+  void* grad_values;       // (nnz)
 };
 
 }  // namespace sparsecnn

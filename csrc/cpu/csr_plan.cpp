@@ -13,18 +13,18 @@
 namespace sparsecnn::cpu {
 namespace {
 
-constexpr double kFmaCycles = 1.15;       // FMA with an operand in L1
-constexpr double kL2Penalty = 0.9;        // added for an operand in L2
-constexpr double kScalarCycles = 0.7;     // weight, column and offset of one nonzero
-constexpr double kChainCycles = 4.0;      // latency of an FMA: a nonzero cannot cost less
-constexpr double kVisitCycles = 14.0;     // start and end of a visit
-constexpr double kPartialCycles = 3.5;    // load and store of one partial-sum vector in L2
-constexpr double kTransposeCycles = 6.0;  // per vector packed through an L x L transpose
-constexpr double kScatterCycles = 8.0;    // per vector unpacked through a transpose
-constexpr double kCopyCycles = 3.0;       // per vector packed or unpacked as it is
-constexpr double kRowCycles = 12.0;       // per row of a copy: a new page and stream
-constexpr double kTouchCycles = 1.0;      // per packed vector and block, from L2 to L1
-constexpr double kListCycles = 20.0;       // finding the bounds of one visit
+constexpr double kFmaCycles = 1.15;            // FMA with an operand in L1
+constexpr double kL2Penalty = 0.9;             // added for an operand in L2
+constexpr double kScalarCycles = 0.7;          // weight, column and offset of one nonzero
+constexpr double kChainCycles = 4.0;           // latency of an FMA: a nonzero cannot cost less
+constexpr double kVisitCycles = 14.0;          // start and end of a visit
+constexpr double kPartialCycles = 3.5;         // load and store of one partial-sum vector in L2
+constexpr double kTransposeCycles = 6.0;       // per vector packed through an L x L transpose
+constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
+constexpr double kCopyCycles = 3.0;            // per vector packed or unpacked as it is
+constexpr double kRowCycles = 12.0;            // per row of a copy: a new page and stream
+constexpr double kTouchCycles = 1.0;           // per packed vector and block, from L2 to L1
+constexpr double kListCycles = 20.0;           // finding the bounds of one visit
 constexpr double kPanelLimit = 512 << 10;      // bytes of a panel, half of L2
 constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel, partial sums and visits
 constexpr int64_t kCacheLine = 64;
@@ -78,9 +78,10 @@ ConvShape collapse_pointwise(const ConvShape& s, Layout layout, bool* pointwise)
   return c;
 }
 
-// Everything that depends on lanes, block and super-block; returns the estimated cycles of the call.
-double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
-                const CsrMachine& machine, int64_t element_bytes, int32_t threads) {
+// Everything that depends on lanes, block and super-block; returns the estimated cycles of the
+// call.
+double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const CsrMachine& machine,
+                int64_t element_bytes, int32_t threads) {
   const ConvShape& s = plan.shape;
   const int64_t lanes = plan.lanes, vectors = int64_t{plan.ny} * plan.nx;
   plan.tile_h = ceil_div(s.p, plan.ly);
@@ -101,9 +102,8 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
   const double items =
       static_cast<double>(plan.image_groups * plan.blocks_y * plan.blocks_x * s.groups);
   // Blocks that do work: a super-block at the border may be cut short.
-  const double blocks = static_cast<double>(
-      plan.image_groups * ceil_div(plan.tile_h, plan.ny) * ceil_div(plan.tile_w, plan.nx) *
-      s.groups);
+  const double blocks = static_cast<double>(plan.image_groups * ceil_div(plan.tile_h, plan.ny) *
+                                            ceil_div(plan.tile_w, plan.nx) * s.groups);
 
   const double vecs = static_cast<double>(plan.rows) * plan.cols;
   double pack;  // cycles per channel and item
@@ -135,10 +135,9 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
     if (grow > 1 && super_bytes > kPanelLimit) break;
     // Filters per chunk: the scratch of one thread stays in its share of L2, and all have work.
     const int64_t filter_bytes =
-        vectors * plan.super_y * plan.super_x * lanes * element_bytes +
-        4 * (panels + 1);
-    const int64_t budget = std::max<int64_t>(
-        kScratchBudget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
+        vectors * plan.super_y * plan.super_x * lanes * element_bytes + 4 * (panels + 1);
+    const int64_t budget =
+        std::max<int64_t>(kScratchBudget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
     int64_t chunks = std::max<int64_t>(1, ceil_div(kg * filter_bytes, budget));
     const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
     const auto imbalance = [&](int64_t c) {
@@ -157,10 +156,10 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
         static_cast<double>(s.groups) * visits * kListCycles +
-        blocks * (visits * (kVisitCycles + static_cast<double>(vectors) *
-                                               (panels > 1 ? kPartialCycles : 1.5)) +
-                  nnz_g * fma + touch * static_cast<double>(chunks) +
-                  static_cast<double>(kg) * unpack);
+        blocks *
+            (visits * (kVisitCycles +
+                       static_cast<double>(vectors) * (panels > 1 ? kPartialCycles : 1.5)) +
+             nnz_g * fma + touch * static_cast<double>(chunks) + static_cast<double>(kg) * unpack);
     const double total = cycles * imbalance(chunks);
     if (best < 0 || total < best) {
       best = total;
@@ -177,7 +176,7 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz,
 struct Key {
   ConvShape shape;
   int64_t nnz;
-  int32_t dtype, layout, lanes, threads;
+  int32_t dtype, layout, lanes, max_vectors, threads;
   bool operator==(const Key& o) const { return std::memcmp(this, &o, sizeof(Key)) == 0; }
 };
 struct KeyHash {
@@ -200,7 +199,8 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
   CsrPlan best = base;
   double best_cycles = -1;
   const auto consider = [&](CsrPlan plan) {
-    const int64_t tile_h = ceil_div(plan.shape.p, plan.ly), tile_w = ceil_div(plan.shape.q, plan.lx);
+    const int64_t tile_h = ceil_div(plan.shape.p, plan.ly),
+                  tile_w = ceil_div(plan.shape.q, plan.lx);
     for (int32_t ny = 1; ny <= kMaxNy; ++ny) {
       if (ny > 1 && ny > tile_h) break;
       for (int32_t nx = 1; nx <= kMaxNx; ++nx) {
@@ -212,8 +212,8 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
           plan.super_y = plan.super_x = 1;
           // Rows share their halo; pixels of a pointwise layer share pages and prefetch streams.
           (plan.interleaved ? plan.super_x : plan.super_y) = super;
-          if (super > 1 && ceil_div(plan.interleaved ? tile_w : tile_h,
-                                    plan.interleaved ? nx : ny) < super) {
+          if (super > 1 &&
+              ceil_div(plan.interleaved ? tile_w : tile_h, plan.interleaved ? nx : ny) < super) {
             break;
           }
           const double c =
@@ -242,8 +242,8 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     plan.interleaved = true;
     consider(plan);
   }
-  best.items = best.image_groups * best.blocks_y * best.blocks_x * best.shape.groups *
-               best.filter_chunks;
+  best.items =
+      best.image_groups * best.blocks_y * best.blocks_x * best.shape.groups * best.filter_chunks;
   return best;
 }
 
@@ -282,6 +282,7 @@ CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& m
   key.dtype = static_cast<int32_t>(params.dtype);
   key.layout = static_cast<int32_t>(params.layout);
   key.lanes = machine.lanes;
+  key.max_vectors = machine.max_vectors;
   key.threads = threads;
   CsrPlan plan;
   bool known = false;
@@ -320,10 +321,9 @@ CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& m
   plan.thread_bytes =
       plan.bounds_offset +
       round_up(4 * ((plan.channel_blocks + 1) * plan.max_chunk_filters + kBoundsPad), kCacheLine);
-  plan.shared_bytes = round_up(4 * (plan.channel_block * s.r * s.s + plan.rows + plan.cols +
-                                    plan.span),
-                               8) +
-                      8 * (s.groups * plan.filter_chunks + 1);
+  plan.shared_bytes =
+      round_up(4 * (plan.channel_block * s.r * s.s + plan.rows + plan.cols + plan.span), 8) +
+      8 * (s.groups * plan.filter_chunks + 1);
   plan.shared_bytes = round_up(plan.shared_bytes, kCacheLine);
   return plan;
 }

@@ -1,4 +1,5 @@
-// How one csr_conv2d call is cut into work: decided once per call by the glue's thread, read by all.
+// How one csr_conv2d call is cut into work: decided once per call by the glue's thread, read by
+// all.
 //
 // The kernel never sees the image. It sees panels: for a block of input channels and a block of
 // output positions, every input vector a tap may touch, packed so that the L lanes of a vector are
@@ -19,26 +20,26 @@ struct CsrPlan {
   // The convolution as the kernel sees it: a pointwise layer (1x1, stride 1, no padding) is
   // collapsed to one row of pixels, and in NHWC to one image.
   ConvShape shape;
-  int32_t lanes;               // L
-  int32_t ln, ly, lx;          // lanes over images, output rows, output columns; ln*ly*lx = L
-  bool interleaved;            // lane l holds pixel position*L + l (pointwise only), else tiles
-  int64_t tile_h, tile_w;      // output positions of one lane
-  int32_t ny, nx;              // block of output positions held in registers: ny * nx vectors
-  int32_t super_y, super_x;    // blocks that share one packing
+  int32_t lanes;             // L
+  int32_t ln, ly, lx;        // lanes over images, output rows, output columns; ln*ly*lx = L
+  bool interleaved;          // lane l holds pixel position*L + l (pointwise only), else tiles
+  int64_t tile_h, tile_w;    // output positions of one lane
+  int32_t ny, nx;            // block of output positions held in registers: ny * nx vectors
+  int32_t super_y, super_x;  // blocks that share one packing
   int64_t image_groups, blocks_y, blocks_x;  // items along images, rows, columns
-  int32_t rows, cols;          // packed input rows and columns of super_y * super_x blocks
-  int32_t span;                // source columns between the first and the last packed one, + 1
-  int64_t channel_block;       // input channels per panel
+  int32_t rows, cols;     // packed input rows and columns of super_y * super_x blocks
+  int32_t span;           // source columns between the first and the last packed one, + 1
+  int64_t channel_block;  // input channels per panel
   int64_t channel_blocks;
-  int64_t filter_chunks;       // chunks of output channels per group, balanced by nonzeros
-  int64_t max_chunk_filters;   // filters in the largest chunk
-  int64_t items;               // image_groups * blocks_y * blocks_x * groups * filter_chunks
+  int64_t filter_chunks;      // chunks of output channels per group, balanced by nonzeros
+  int64_t max_chunk_filters;  // filters in the largest chunk
+  int64_t items;              // image_groups * blocks_y * blocks_x * groups * filter_chunks
   // Tables in shared scratch.
-  int32_t* tap_offset;         // (channel_block * R * S): element offset of a column in the panel
-  int32_t* row_source;         // (rows): input row relative to the first row of the block
-  int32_t* col_source;         // (cols): input column, likewise
-  int32_t* col_slot;           // (span): packed column of a source column, or -1
-  int64_t* chunk_begin;        // (groups * filter_chunks + 1): first filter of each chunk
+  int32_t* tap_offset;   // (channel_block * R * S): element offset of a column in the panel
+  int32_t* row_source;   // (rows): input row relative to the first row of the block
+  int32_t* col_source;   // (cols): input column, likewise
+  int32_t* col_slot;     // (span): packed column of a source column, or -1
+  int64_t* chunk_begin;  // (groups * filter_chunks + 1): first filter of each chunk
   // Per-thread scratch, in bytes from the thread's base.
   int64_t panel_offset, partial_offset, bounds_offset, thread_bytes;
   int64_t shared_bytes;
@@ -47,8 +48,8 @@ struct CsrPlan {
 // Registers a block may use and its legal shapes depend on the instruction set.
 struct CsrMachine {
   int32_t lanes;
-  int32_t max_vectors;   // accumulators that fit beside the weight and the operand
-  int64_t panel_bytes;   // L1 budget of a panel
+  int32_t max_vectors;  // accumulators that fit beside the weight and the operand
+  int64_t panel_bytes;  // L1 budget of a panel
 };
 
 // Block shapes the kernels are compiled for: every one fits in registers, and together they tile

@@ -10,10 +10,11 @@ namespace sparsecnn::cpu {
 
 struct KernelTable {
   const char* isa;
-  CsrMachine csr_float;    // float32 and bfloat16 storage
-  CsrMachine csr_double;   // float64 storage
+  CsrMachine csr_float;   // float32 and bfloat16 storage
+  CsrMachine csr_double;  // float64 storage
   // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
-  void (*csr_conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end,
+  // False when col_idx is corrupt; nothing outside the tensors is touched.
+  bool (*csr_conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end,
                      void* scratch);
   // Stored positions [begin, end); NCHW only.
   void (*csr_conv2d_grad_values)(const CsrConv2dGradValuesParams&, int64_t begin, int64_t end);

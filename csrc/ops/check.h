@@ -30,7 +30,8 @@ inline DType dtype_of(const Tensor& t, const char* op) {
     case ScalarType::Double:
       return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, op, ": expected x float32, float16, bfloat16 or float64, got scalar type ",
+      STD_TORCH_CHECK(false, op,
+                      ": expected x float32, float16, bfloat16 or float64, got scalar type ",
                       static_cast<int>(t.scalar_type()));
   }
   return DType::kFloat32;
@@ -40,8 +41,8 @@ inline Activation activation_of(const std::string& name, const char* op) {
   for (int32_t i = 0; i < kActivationCount; ++i) {
     if (name == kActivationNames[i]) return static_cast<Activation>(i);
   }
-  STD_TORCH_CHECK(false, op,
-                  ": expected activation none, relu, relu6, silu or hardswish, got '", name, "'");
+  STD_TORCH_CHECK(false, op, ": expected activation none, relu, relu6, silu or hardswish, got '",
+                  name, "'");
   return Activation::kNone;
 }
 

@@ -1,5 +1,6 @@
 // csr_conv2d and the gradient for its values: schemas, checks, allocation, choice of device.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 
 #include "cpu/kernel_table.h"
@@ -24,7 +25,8 @@ ConvShape make_shape(const Tensor& x, const Tensor& col_idx, const Tensor& row_p
   STD_TORCH_CHECK(x.dim() == 4, kOp, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
   STD_TORCH_CHECK(g.kernel_size.size() == 2 && g.stride.size() == 2 && g.dilation.size() == 2 &&
                       g.padding.size() == 4,
-                  kOp, ": expected kernel_size, stride, dilation of length 2 and padding of length 4");
+                  kOp,
+                  ": expected kernel_size, stride, dilation of length 2 and padding of length 4");
   for (int i = 0; i < 2; ++i) {
     STD_TORCH_CHECK(g.kernel_size[i] > 0 && g.stride[i] > 0 && g.dilation[i] > 0, kOp,
                     ": expected kernel_size, stride and dilation >= 1, got ", g.kernel_size[i],
@@ -57,8 +59,7 @@ ConvShape make_shape(const Tensor& x, const Tensor& col_idx, const Tensor& row_p
   return s;
 }
 
-// Row pointers bound every read of the CSR arrays; columns are checked when a weight is made (a
-// column out of range or out of order is skipped by the CPU kernel, never followed).
+// Row pointers bound every read of the CSR arrays. Columns are checked where they are first read.
 void check_rows(const int32_t* row_ptr, int64_t k, int64_t nnz) {
   bool ok = row_ptr[0] == 0 && row_ptr[k] == nnz;
   for (int64_t i = 0; i < k; ++i) ok &= row_ptr[i] <= row_ptr[i + 1];
@@ -154,19 +155,25 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_i
 
   const cpu::KernelTable& table = cpu::kernels();
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  cpu::CsrPlan plan = cpu::csr_plan(
-      params, call.col_idx.numel(),
-      params.dtype == DType::kFloat64 ? table.csr_double : table.csr_float,
-      static_cast<int32_t>(threads));
+  cpu::CsrPlan plan =
+      cpu::csr_plan(params, call.col_idx.numel(),
+                    params.dtype == DType::kFloat64 ? table.csr_double : table.csr_float,
+                    static_cast<int32_t>(threads));
   const int64_t workers = std::min(threads, plan.items);
   char* const base = thread_scratch(plan.shared_bytes + workers * plan.thread_bytes);
   cpu::csr_plan_tables(plan, params, base);
+  std::atomic<bool> sound{true};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) {
-      table.csr_conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
-                       base + plan.shared_bytes + w * plan.thread_bytes);
+      if (!table.csr_conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
+                            base + plan.shared_bytes + w * plan.thread_bytes)) {
+        sound = false;
+      }
     }
   });
+  STD_TORCH_CHECK(sound, kOp, ": expected col_idx ascending in each row within [0, ",
+                  params.shape.columns(),
+                  "), got a corrupt array; CSRWeight.validate() says where");
   return call.y;
 }
 
@@ -220,8 +227,7 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad_y, const Tensor& x, const T
   // A position is a dot product over the whole output map: a few of them are worth a thread.
   const int64_t grain = std::max<int64_t>(
       1, 32768 / std::max<int64_t>(1, params.shape.n * params.shape.p * params.shape.q));
-  torch::stable::parallel_for(0, nnz, grain,
-                              [&](int64_t b, int64_t e) { kernel(params, b, e); });
+  torch::stable::parallel_for(0, nnz, grain, [&](int64_t b, int64_t e) { kernel(params, b, e); });
   return call.grad;
 }
 

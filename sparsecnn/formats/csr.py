@@ -127,8 +127,7 @@ class CSRWeight:
         nnz = self.values.shape[0]
         if self.col_idx.shape[0] != nnz:
             raise ValueError(
-                f"CSRWeight: expected col_idx with nnz = {nnz} entries, "
-                f"got {self.col_idx.shape[0]}"
+                f"CSRWeight: expected col_idx with nnz = {nnz} entries, got {self.col_idx.shape[0]}"
             )
         if self.row_ptr.shape[0] != k + 1:
             raise ValueError(

@@ -33,6 +33,7 @@ def inherit(new: nn.Module, old: nn.Module) -> None:
     weight they computed has already been taken.
     """
     new.training = old.training
+    new._is_full_backward_hook = old._is_full_backward_hook
     for name in _HOOKS:
         hooks = getattr(old, name)
         kept = {k: h for k, h in hooks.items() if not isinstance(h, BasePruningMethod)}

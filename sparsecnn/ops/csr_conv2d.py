@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,15 +24,21 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _as_list(value: object) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
 def _pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = [value, value] if isinstance(value, int) else _as_list(value)
     if len(pair) != 2 or any(not isinstance(v, int) or v < low for v in pair):
         raise ValueError(f"{_OP}: expected {name} an int or a pair of ints >= {low}, got {value!r}")
     return pair
 
 
 def resolve_padding(
-    padding: int | Sequence[int] | str, kernel_size: Sequence[int], dilation: Sequence[int],
+    padding: int | Sequence[int] | str,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
     stride: Sequence[int],
 ) -> list[int]:
     """Padding as ``[top, bottom, left, right]``.
@@ -57,7 +64,7 @@ def resolve_padding(
             total = d * (k - 1)
             out += [total // 2, total - total // 2]
         return out
-    pads = [padding] * 4 if isinstance(padding, int) else list(padding)
+    pads = [padding] * 4 if isinstance(padding, int) else _as_list(padding)
     if len(pads) == 2:
         pads = [pads[0], pads[0], pads[1], pads[1]]
     if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
@@ -72,8 +79,15 @@ def _extent(size: Any, lo: int, hi: int, dilation: int, kernel: int, stride: int
 
 
 def _check(
-    x: Tensor, weight: CSRWeight, bias: Tensor | None, residual: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str,
+    x: Tensor,
+    weight: CSRWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
 ) -> None:
     if not isinstance(weight, CSRWeight):
         raise TypeError(
@@ -85,9 +99,7 @@ def _check(
         raise ValueError(f"{_OP}: expected x of shape (N, C, H, W), got {got}")
     k, cg, r, s = weight.shape
     if not isinstance(groups, int) or groups < 1 or k % groups:
-        raise ValueError(
-            f"{_OP}: expected groups a positive divisor of K = {k}, got {groups!r}"
-        )
+        raise ValueError(f"{_OP}: expected groups a positive divisor of K = {k}, got {groups!r}")
     if x.shape[1] != cg * groups:
         raise ValueError(
             f"{_OP}: expected x with {cg * groups} channels (weight {tuple(weight.shape)}, "
@@ -173,10 +185,22 @@ def csr_conv2d(
     r, s = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
     stride_, dilation_ = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     padding_ = resolve_padding(padding, (r, s), dilation_, stride_)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, residual = _autocast(x, weight, bias, residual)
     _check(x, weight, bias, residual, stride_, padding_, dilation_, groups, activation)
     y: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
-        x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, [r, s], stride_,
-        padding_, dilation_, groups, activation,
+        x,
+        weight.values,
+        weight.col_idx,
+        weight.row_ptr,
+        bias,
+        residual,
+        [r, s],
+        stride_,
+        padding_,
+        dilation_,
+        groups,
+        activation,
     )
     return y
 
@@ -206,7 +230,9 @@ def csr_linear(
         raise ValueError(f"csr_linear: expected x of shape (..., {i}), got {tuple(x.shape)}")
     rows = x.reshape(-1, i)
     if rows.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], o))
+        # No pixel for the kernel; the dense product keeps the graph and costs only unpacking.
+        dense = weight.to_dense().reshape(o, i)
+        return torch.nn.functional.linear(x, dense, bias)
     image = rows[None, None].permute(0, 3, 1, 2)
     y = csr_conv2d(image, weight, bias, activation=activation)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], o)
@@ -217,30 +243,50 @@ def csr_linear(
 
 @torch.library.register_fake("sparsecnn::csr_conv2d")
 def _fake(
-    x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor, bias: Tensor | None,
-    residual: Tensor | None, kernel_size: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, activation: str,
+    x: Tensor,
+    values: Tensor,
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
     torch._check(
         values.shape[0] == col_idx.shape[0],
-        lambda: f"{_OP}: expected values and col_idx of one length, got {values.shape[0]} and "
-        f"{col_idx.shape[0]}",
+        lambda: (
+            f"{_OP}: expected values and col_idx of one length, got {values.shape[0]} and "
+            f"{col_idx.shape[0]}"
+        ),
     )
     n, _, h, w = x.shape
     p = _extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
     q = _extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
-        (n, row_ptr.shape[0] - 1, p, q), dtype=x.dtype, device=x.device,
+        (n, row_ptr.shape[0] - 1, p, q),
+        dtype=x.dtype,
+        device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
 
 
 @torch.library.register_fake("sparsecnn::csr_conv2d_grad_values")
 def _fake_grad_values(
-    grad_y: Tensor, x: Tensor, col_idx: Tensor, row_ptr: Tensor, kernel_size: list[int],
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    grad_y: Tensor,
+    x: Tensor,
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
     return x.new_empty(col_idx.shape)
 
@@ -253,22 +299,43 @@ def _flops(x_shape: Any, values_shape: Any, *args: Any, out_shape: Any = None, *
 
 @register_flop_formula(torch.ops.sparsecnn.csr_conv2d_grad_values)
 def _flops_grad_values(
-    grad_y_shape: Any, x_shape: Any, col_idx_shape: Any, *args: Any, out_shape: Any = None,
+    grad_y_shape: Any,
+    x_shape: Any,
+    col_idx_shape: Any,
+    *args: Any,
+    out_shape: Any = None,
     **kw: Any,
 ) -> int:
     n, _, p, q = grad_y_shape
     return int(2 * col_idx_shape[0] * n * p * q)
 
 
+# A direct call of the op casts to the default of its device; csr_conv2d to the dtype in force.
 torch.library.register_autocast("sparsecnn::csr_conv2d", "cpu", torch.bfloat16)
-torch.library.register_autocast("sparsecnn::csr_conv2d", "cuda", torch.float16)
+
+
+def _autocast(
+    x: Tensor, weight: CSRWeight, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, CSRWeight, Tensor | None, Tensor | None]:
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Any) -> Any:
+        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    if isinstance(weight, CSRWeight):
+        weight = replace(weight, values=cast(weight.values))
+    return cast(x), weight, cast(bias), cast(residual)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
 
 def transpose_csr(
-    col_idx: Tensor, row_ptr: Tensor, channels_per_group: int, kernel_size: Sequence[int],
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    channels_per_group: int,
+    kernel_size: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the weight of the input gradient: filters and channels swapped, taps flipped.
@@ -292,8 +359,16 @@ def transpose_csr(
 
 
 def _grad_input(
-    grad: Tensor, x: Tensor, values: Tensor, col_idx: Tensor, row_ptr: Tensor,
-    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
     """Gradient for x: a stride-1 csr_conv2d of the zero-stuffed gradient with the transpose."""
     (_, c, h, w), (n, k, p, q) = x.shape, grad.shape
@@ -311,8 +386,18 @@ def _grad_input(
         left, w - grad.shape[3] - left + reach[1],
     ]  # fmt: skip
     out: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
-        grad, values[permutation], col_t, row_t, None, None, kernel_size, [1, 1], pads, dilation,
-        groups, "none",
+        grad,
+        values[permutation],
+        col_t,
+        row_t,
+        None,
+        None,
+        kernel_size,
+        [1, 1],
+        pads,
+        dilation,
+        groups,
+        "none",
     )
     return out
 
@@ -335,8 +420,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, col_idx, row_ptr, bias, residual, *geometry, activation = inputs
     by_output = activation in ("relu", "relu6")
     ctx.save_for_backward(
-        x, values, col_idx, row_ptr, bias,
-        residual if activation in ("silu", "hardswish") else None, output if by_output else None,
+        x,
+        values,
+        col_idx,
+        row_ptr,
+        bias,
+        residual if activation in ("silu", "hardswish") else None,
+        output if by_output else None,
     )
     ctx.geometry, ctx.activation = geometry, activation
 

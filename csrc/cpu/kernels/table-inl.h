@@ -12,7 +12,7 @@ namespace {
 constexpr int32_t kDoubleVectors = 8;
 constexpr int64_t kPanelBytes = 24 << 10;  // three quarters of a 32 KB L1; the rest is partial sums
 
-void csr_conv2d(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begin, int64_t end,
+bool csr_conv2d(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begin, int64_t end,
                 void* scratch) {
   switch (params.dtype) {
     case DType::kFloat32:
@@ -24,8 +24,9 @@ void csr_conv2d(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begi
     case DType::kFloat64:
       return csr_conv2d_typed<VecDouble, double, kDoubleVectors>(params, plan, begin, end, scratch);
     case DType::kFloat16:
-      return;  // refused by the glue: no CPU kernel
+      break;  // refused by the glue: no CPU kernel
   }
+  return false;
 }
 
 void csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, int64_t begin, int64_t end) {
