@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._accelerate_candidates import Layer, Settings, build_dense, faster, unclear
+from ._accelerate_candidates import Layer, Settings, build_dense, faster, surely_faster, unclear
 from ._accelerate_copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from ._accelerate_fold import Folded
 from ._accelerate_record import is_channels_last, tensors_in
@@ -252,7 +252,7 @@ def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) 
             final = variants.time([before, chosen], settings, effort)
             if not unclear(final[chosen], final[before], MODEL_MARGIN):
                 break
-        if not faster(final[chosen], final[before], MODEL_MARGIN):
+        if not surely_faster(final[chosen], final[before], MODEL_MARGIN):
             notes.append(
                 f"the {chosen.label} model took {_ms(final[chosen])} and the original "
                 f"{_ms(final[before])}: no gain beyond noise, so everything was put back"

@@ -20,10 +20,13 @@ _TIMED = ("_accelerate_candidates", "_accelerate_model", "_accelerate_survey")
 _KEEP: list[torch.library.Library] = []
 
 
-def stats(ms: float, iqr_ms: float = 0.0, runs: int = 20) -> LatencyStats:
+def stats(
+    ms: float, iqr_ms: float = 0.0, runs: int = 20, min_ms: float | None = None
+) -> LatencyStats:
     """Statistics of a machine without tails."""
     s = ms * 1e-3
-    return LatencyStats(runs, s, s, s, iqr_ms * 1e-3, s)
+    fastest = s if min_ms is None else min_ms * 1e-3
+    return LatencyStats(runs, s, s, s, iqr_ms * 1e-3, fastest)
 
 
 class FakeTimer:

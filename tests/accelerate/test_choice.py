@@ -385,6 +385,18 @@ def test_faster_needs_margin_and_spread() -> None:
     assert candidates.spread(stats(1.0, iqr_ms=2.0, runs=4)) == pytest.approx(1.57e-3)
 
 
+def test_fastest_runs_decide_where_only_the_spread_is_in_the_way() -> None:
+    old = stats(1.0, iqr_ms=9.0, runs=80, min_ms=0.5)
+    busy = stats(0.7, iqr_ms=9.0, runs=80, min_ms=0.3)
+    assert candidates.unclear(busy, old, 0.03) and candidates.surely_faster(busy, old, 0.03)
+    same_floor = stats(0.7, iqr_ms=9.0, runs=80, min_ms=0.49)
+    assert not candidates.surely_faster(same_floor, old, 0.03)
+    few = stats(0.7, iqr_ms=9.0, runs=20, min_ms=0.3)
+    assert not candidates.surely_faster(few, old, 0.03)
+    slower_median = stats(0.99, iqr_ms=9.0, runs=80, min_ms=0.3)
+    assert not candidates.surely_faster(slower_median, old, 0.03)
+
+
 def test_keep_good_finds_the_bad_ones() -> None:
     tries: list[list[int]] = []
 
