@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ._accelerate_candidates import CANDIDATES, Settings
-from ._accelerate_copy import bake_, duplicate, replace_
-from ._accelerate_model import Variants, check_folds, compare, decide
-from ._accelerate_record import tensors_in
-from ._accelerate_report import make_report
-from ._accelerate_survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
+from ._accelerate.candidates import CANDIDATES, Settings
+from ._accelerate.copy import bake_, duplicate, replace_
+from ._accelerate.model import Variants, check_folds, compare, decide
+from ._accelerate.record import tensors_in
+from ._accelerate.report import make_report
+from ._accelerate.survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
 from .measure import Report
 from .nn import SPARSE_LAYERS, FusedConv2d
 

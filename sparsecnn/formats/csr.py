@@ -11,6 +11,7 @@ A linear weight ``(O, I)`` is stored as ``(O, I, 1, 1)``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,3 +155,30 @@ class CSRWeight:
                     "got an entry out of order"
                 )
         return self
+
+
+def transpose_indices(
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    channels_per_group: int,
+    kernel_size: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the weight of the input gradient: filters and channels swapped, taps flipped.
+
+    Returns:
+        ``(permutation, col_idx, row_ptr)`` of the transposed weight ``(C, K/G, R, S)``; its values
+        are ``values[permutation]``. Cost: one sort of nnz keys.
+    """
+    k = row_ptr.shape[0] - 1
+    r, s = kernel_size
+    taps = r * s
+    rows = CSRWeight(col_idx, col_idx, row_ptr, (k, channels_per_group, r, s)).row_indices()
+    columns = col_idx.long()
+    kg = max(k // groups, 1)
+    row_t = rows // kg * channels_per_group + columns // taps
+    col_t = rows % kg * taps + (taps - 1 - columns % taps)
+    permutation = torch.argsort(row_t * (kg * taps) + col_t)
+    counts = torch.zeros(channels_per_group * groups + 1, dtype=torch.int64, device=col_idx.device)
+    counts = counts.scatter_add(0, row_t + 1, torch.ones_like(row_t))
+    return permutation, col_t[permutation].to(torch.int32), counts.cumsum(0).to(torch.int32)

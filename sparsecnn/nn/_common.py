@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from sparsecnn.ops.csr_conv2d import ACTIVATIONS
+from sparsecnn.ops._check import ACTIVATIONS
 
 _HOOKS = (
     "_backward_pre_hooks",

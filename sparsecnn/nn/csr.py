@@ -75,19 +75,19 @@ class _CSRLayer(nn.Module):
             state[prefix + "values"] = packed.values
             state[prefix + "col_idx"] = packed.col_idx
             state[prefix + "row_ptr"] = packed.row_ptr
-        arrays = [state.get(prefix + key) for key in ("values", "col_idx", "row_ptr")]
+        arrays: list[Any] = [state.get(prefix + key) for key in ("values", "col_idx", "row_ptr")]
         if all(isinstance(a, Tensor) for a in arrays):
             try:
-                CSRWeight(arrays[0], arrays[1], arrays[2], self.weight_shape).validate()  # type: ignore[arg-type]
+                CSRWeight(arrays[0], arrays[1], arrays[2], self.weight_shape).validate()
             except ValueError as error:
                 error_msgs.append(f"{name}: {prefix.rstrip('.')}: {error}")
                 return
-            if arrays[0].shape != self.values.shape:  # type: ignore[union-attr]
+            if arrays[0].shape != self.values.shape:
                 self.values = nn.Parameter(
-                    self.values.new_empty(arrays[0].shape),  # type: ignore[union-attr]
+                    self.values.new_empty(arrays[0].shape),
                     requires_grad=self.values.requires_grad,
                 )
-                self.col_idx = self.col_idx.new_empty(arrays[1].shape)  # type: ignore[union-attr]
+                self.col_idx = self.col_idx.new_empty(arrays[1].shape)
         super()._load_from_state_dict(
             state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -103,6 +103,15 @@ class CSRConv2d(_CSRLayer):
     ``values`` and ``bias`` are trainable; training moves kept entries only.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: Any
+
     def __init__(
         self,
         in_channels: int,
@@ -113,7 +122,7 @@ class CSRConv2d(_CSRLayer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,

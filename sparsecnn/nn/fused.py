@@ -1,4 +1,4 @@
-"""Dense convolution with its activation: what a conv + BN + activation becomes when it stays dense."""
+"""Dense convolution with its activation: a conv, BN and activation that stay dense."""
 
 from __future__ import annotations
 
@@ -66,4 +66,5 @@ class FusedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """Arguments of the convolution, then the activation."""
-        return f"{super().extra_repr()}, activation={self.activation}"
+        conv: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{conv}, activation={self.activation}"

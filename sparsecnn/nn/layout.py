@@ -11,7 +11,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class _InputLayout:
-    """Forward pre-hook that brings 4-d inputs into one memory format; a class so that it pickles."""
+    """Forward pre-hook bringing 4-d inputs into one memory format; a class, so that it pickles."""
 
     def __init__(self, layout: str) -> None:
         self.layout = layout
@@ -45,7 +45,7 @@ def apply_layout_(model: nn.Module, layout: str) -> nn.Module:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _InputLayout):
             del model._forward_pre_hooks[key]
-    model.to(memory_format=LAYOUTS[layout])
+    model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
     model.register_forward_pre_hook(_InputLayout(layout))
     model._sparsecnn_layout = layout  # type: ignore[assignment]
     return model

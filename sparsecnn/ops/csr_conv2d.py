@@ -16,66 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
-from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.formats.csr import CSRWeight, transpose_indices
+from sparsecnn.ops._check import ACTIVATIONS, out_extent, pair, resolve_padding
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _OP = "csr_conv2d"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _as_list(value: object) -> list[int]:
-    return list(value) if isinstance(value, (list, tuple)) else []
-
-
-def _pair(name: str, value: int | Sequence[int], low: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else _as_list(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < low for v in pair):
-        raise ValueError(f"{_OP}: expected {name} an int or a pair of ints >= {low}, got {value!r}")
-    return pair
-
-
-def resolve_padding(
-    padding: int | Sequence[int] | str,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-) -> list[int]:
-    """Padding as ``[top, bottom, left, right]``.
-
-    Args:
-        padding: an int, ``(h, w)``, ``(top, bottom, left, right)``, ``"same"`` or ``"valid"``.
-        kernel_size: ``(R, S)``.
-        dilation: two ints.
-        stride: two ints; ``"same"`` needs 1.
-
-    Raises:
-        ValueError: anything else, a negative pad, or ``"same"`` with a stride.
-    """
-    if isinstance(padding, str):
-        if padding == "valid":
-            return [0, 0, 0, 0]
-        if padding != "same":
-            raise ValueError(f"{_OP}: expected padding 'same' or 'valid', got {padding!r}")
-        if any(s != 1 for s in stride):
-            raise ValueError(f"{_OP}: expected stride 1 with padding 'same', got {tuple(stride)}")
-        out = []
-        for k, d in zip(kernel_size, dilation, strict=True):
-            total = d * (k - 1)
-            out += [total // 2, total - total // 2]
-        return out
-    pads = [padding] * 4 if isinstance(padding, int) else _as_list(padding)
-    if len(pads) == 2:
-        pads = [pads[0], pads[0], pads[1], pads[1]]
-    if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
-        raise ValueError(
-            f"{_OP}: expected padding an int, 2 or 4 ints >= 0, 'same' or 'valid', got {padding!r}"
-        )
-    return pads
-
-
-def _extent(size: Any, lo: int, hi: int, dilation: int, kernel: int, stride: int) -> Any:
-    return (size + lo + hi - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _check(
@@ -128,8 +74,8 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (k,):
         raise ValueError(f"{_OP}: expected bias of shape ({k},), got {tuple(bias.shape)}")
-    p = _extent(x.shape[2], padding[0], padding[1], dilation[0], r, stride[0])
-    q = _extent(x.shape[3], padding[2], padding[3], dilation[1], s, stride[1])
+    p = out_extent(x.shape[2], padding[0], padding[1], dilation[0], r, stride[0])
+    q = out_extent(x.shape[3], padding[2], padding[3], dilation[1], s, stride[1])
     if p < 1 or q < 1:
         raise ValueError(
             f"{_OP}: expected a kernel that fits the padded input, got kernel ({r}, {s}), "
@@ -183,9 +129,9 @@ def csr_conv2d(
         TypeError: a dtype that is not supported or does not match.
     """
     r, s = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
-    stride_, dilation_ = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    padding_ = resolve_padding(padding, (r, s), dilation_, stride_)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    stride_, dilation_ = pair(_OP, "stride", stride, 1), pair(_OP, "dilation", dilation, 1)
+    padding_ = resolve_padding(_OP, padding, (r, s), dilation_, stride_)
+    if isinstance(x, Tensor) and _autocast_is_on(x.device.type):
         x, weight, bias, residual = _autocast(x, weight, bias, residual)
     _check(x, weight, bias, residual, stride_, padding_, dilation_, groups, activation)
     y: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
@@ -238,9 +184,6 @@ def csr_linear(
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], o)
 
 
-# ---- fake, FLOPs, autocast -----------------------------------------------------------------------
-
-
 @torch.library.register_fake("sparsecnn::csr_conv2d")
 def _fake(
     x: Tensor,
@@ -265,8 +208,8 @@ def _fake(
         ),
     )
     n, _, h, w = x.shape
-    p = _extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
-    q = _extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
+    p = out_extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
+    q = out_extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (n, row_ptr.shape[0] - 1, p, q),
@@ -314,6 +257,10 @@ def _flops_grad_values(
 torch.library.register_autocast("sparsecnn::csr_conv2d", "cpu", torch.bfloat16)
 
 
+def _autocast_is_on(device_type: str) -> bool:
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(
     x: Tensor, weight: CSRWeight, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, CSRWeight, Tensor | None, Tensor | None]:
@@ -331,33 +278,6 @@ def _autocast(
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def transpose_csr(
-    col_idx: Tensor,
-    row_ptr: Tensor,
-    channels_per_group: int,
-    kernel_size: Sequence[int],
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the weight of the input gradient: filters and channels swapped, taps flipped.
-
-    Returns:
-        ``(permutation, col_idx, row_ptr)`` of the transposed weight ``(C, K/G, R, S)``; its values
-        are ``values[permutation]``. Cost: one sort of nnz keys.
-    """
-    k = row_ptr.shape[0] - 1
-    r, s = kernel_size
-    taps = r * s
-    rows = CSRWeight(col_idx, col_idx, row_ptr, (k, channels_per_group, r, s)).row_indices()
-    columns = col_idx.long()
-    kg = max(k // groups, 1)
-    row_t = rows // kg * channels_per_group + columns // taps
-    col_t = rows % kg * taps + (taps - 1 - columns % taps)
-    permutation = torch.argsort(row_t * (kg * taps) + col_t)
-    counts = torch.zeros(channels_per_group * groups + 1, dtype=torch.int64, device=col_idx.device)
-    counts = counts.scatter_add(0, row_t + 1, torch.ones_like(row_t))
-    return permutation, col_t[permutation].to(torch.int32), counts.cumsum(0).to(torch.int32)
-
-
 def _grad_input(
     grad: Tensor,
     x: Tensor,
@@ -372,7 +292,9 @@ def _grad_input(
 ) -> Tensor:
     """Gradient for x: a stride-1 csr_conv2d of the zero-stuffed gradient with the transpose."""
     (_, c, h, w), (n, k, p, q) = x.shape, grad.shape
-    permutation, col_t, row_t = transpose_csr(col_idx, row_ptr, c // groups, kernel_size, groups)
+    permutation, col_t, row_t = transpose_indices(
+        col_idx, row_ptr, c // groups, kernel_size, groups
+    )
     if stride != [1, 1]:
         up = grad.new_zeros((n, k, (p - 1) * stride[0] + 1, (q - 1) * stride[1] + 1))
         if not grad.is_contiguous():

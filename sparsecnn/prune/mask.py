@@ -123,5 +123,5 @@ def living(target: Target, keep_zeros: bool) -> Tensor:
 def fold_foreign_mask(target: Target) -> None:
     """Turn masks of torch.nn.utils.prune into plain zeros; the Parameter stays the same object."""
     if target.foreign_mask is not None:
-        torch_prune.remove(target.module, target.param)  # type: ignore[no-untyped-call]
+        torch_prune.remove(target.module, target.param)
         _weight_first(target.module, target.param)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsecnn.measure import LatencyStats
 
-_TIMED = ("_accelerate_candidates", "_accelerate_model", "_accelerate_survey")
+_TIMED = ("_accelerate.candidates", "_accelerate.model", "_accelerate.survey")
 # Operator names that torchvision declares fakes for; kept alive for the whole session.
 _KEEP: list[torch.library.Library] = []
 

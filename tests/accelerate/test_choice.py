@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecnn import _accelerate_candidates as candidates
-from sparsecnn._accelerate_model import compare, keep_good
+from sparsecnn._accelerate import candidates
+from sparsecnn._accelerate.model import compare, keep_good
 from sparsecnn.accelerate import accelerate, accelerate_
 from sparsecnn.measure import Report
 from sparsecnn.nn import CSRConv2d, CSRLinear, FusedConv2d
@@ -140,7 +140,7 @@ def test_half_of_the_layers_may_stay(
                 fake.times_ms["swapped"] = 6.0
         return fake(fns, **options)
 
-    monkeypatch.setattr("sparsecnn._accelerate_model.time_interleaved", shifting)
+    monkeypatch.setattr("sparsecnn._accelerate.model.time_interleaved", shifting)
     fast = accelerate(_net(), torch.randn(X))
     assert _sparse(fast) == 1
     assert sum("put back" in layer.reason for layer in fast.report.layers) == 2
@@ -336,7 +336,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsecnn._accelerate_model.time_interleaved", broken)
+    monkeypatch.setattr("sparsecnn._accelerate.model.time_interleaved", broken)
     net = _net().train()
     kinds, strides = [type(m) for m in net.modules()], net[0].weight.stride()
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning):

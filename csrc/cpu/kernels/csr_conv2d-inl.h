@@ -224,11 +224,12 @@ class CsrConv2d : private CsrTiles<V, S> {
     const int64_t panels = plan_.channel_blocks;
     for (int64_t f = 0; f < filters; ++f) {
       const int32_t row_begin = params_.row_ptr[k0 + f], row_end = params_.row_ptr[k0 + f + 1];
-      int32_t bad = 0;  // negative once a difference is
+      // Negative once an entry leaves [0, columns); within it no difference overflows.
+      int32_t bad = 0;
+      for (int32_t i = row_begin; i < row_end; ++i) bad |= col[i] | (columns - 1 - col[i]);
+      if (bad < 0) return false;
       for (int32_t i = row_begin; i + 1 < row_end; ++i) bad |= col[i + 1] - col[i] - 1;
-      if (row_begin < row_end && (bad < 0 || col[row_begin] < 0 || col[row_end - 1] >= columns)) {
-        return false;
-      }
+      if (bad < 0) return false;
       int32_t* out = bounds_ + f;
       *out = row_begin;
       int64_t left = panels - 1;

@@ -17,10 +17,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._accelerate_copy import LAYOUTS, MEMORY_FORMATS, duplicate, in_layout
-from ._accelerate_fold import crop_input, rounding, term_magnitude
-from .measure import LatencyStats, time_interleaved
-from .nn import CSRConv2d, CSRLinear, FusedConv2d
+from ..measure import LatencyStats, time_interleaved
+from ..nn import CSRConv2d, CSRLinear, FusedConv2d
+from .copy import LAYOUTS, MEMORY_FORMATS, duplicate, in_layout
+from .fold import crop_input, rounding, term_magnitude
 
 # A sparse kernel does one multiply-add per nonzero at about half the rate of a dense one, which
 # does them all; with this share of nonzeros none has won, so the time to try is saved.

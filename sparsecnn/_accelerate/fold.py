@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ._accelerate_record import Call, Recording
-from .nn import FusedConv2d
+from ..nn import FusedConv2d
+from .record import Call, Recording
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

@@ -169,7 +169,7 @@ class _Recorder:
                     self._values[tensor] = Value()
 
 
-class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Readers(TorchDispatchMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder

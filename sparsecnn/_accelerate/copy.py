@@ -82,7 +82,7 @@ def _bake_hooks_(module: nn.Module) -> Iterator[str]:
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, BasePruningMethod):
             tensor = str(hook._tensor_name)
-            value = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+            value = hook.apply_mask(module)
             original = module._parameters.pop(f"{tensor}_orig")
             assert original is not None
             del module._buffers[f"{tensor}_mask"], module._forward_pre_hooks[key]

@@ -15,13 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._accelerate_candidates import Layer, Settings, build_dense, faster, surely_faster, unclear
-from ._accelerate_copy import LAYOUTS, duplicate, relayout_, replace_by_name_
-from ._accelerate_fold import Folded
-from ._accelerate_record import is_channels_last, tensors_in
-from ._accelerate_survey import Site, make_layer
-from .measure import LatencyStats, time_interleaved
-from .nn.layout import apply_layout_
+from ..measure import LatencyStats, time_interleaved
+from ..nn.layout import apply_layout_
+from .candidates import Layer, Settings, build_dense, faster, surely_faster, unclear
+from .copy import LAYOUTS, duplicate, relayout_, replace_by_name_
+from .fold import Folded
+from .record import is_channels_last, tensors_in
+from .survey import Site, make_layer
 
 # Time for one round of comparisons of whole models; at least 5 runs of each happen.
 MODEL_BUDGET_S = 12.0

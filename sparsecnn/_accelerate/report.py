@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ._accelerate_model import Outcome, Plan, Variants
-from ._accelerate_survey import Site
-from .measure import LayerReport, ModelTiming, Report
-from .measure.environment import environment
+from ..measure import LayerReport, ModelTiming, Report
+from ..measure.environment import environment
+from .model import Outcome, Plan, Variants
+from .survey import Site
 
 
 def make_report(variants: Variants, outcome: Outcome, bytes_before: int) -> Report:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ._accelerate_candidates import Choice, Layer, Settings, Winner, choose
-from ._accelerate_copy import MEMORY_FORMATS
-from ._accelerate_fold import Folded, all_finite, fold, foldable_modules
-from ._accelerate_record import Call, Recording, record
-from .measure import LatencyStats, time_interleaved
-from .nn import FusedConv2d
+from ..measure import LatencyStats, time_interleaved
+from ..nn import FusedConv2d
+from .candidates import Choice, Layer, Settings, Winner, choose
+from .copy import MEMORY_FORMATS
+from .fold import Folded, all_finite, fold, foldable_modules
+from .record import Call, Recording, record
 
 FilterFn = Callable[[nn.Module, str], bool]
 
