@@ -57,7 +57,8 @@ def create(name: str, *, seed: int = 0, **options: Any) -> torch.nn.Module:
     """A network of timm with random weights, in evaluation mode.
 
     BatchNorm statistics are set from random images, because fresh ones let the activations of
-    deep networks explode.
+    deep networks explode. Scales that timm starts at zero (the last norm of a residual branch) are
+    set to one: folded, they would erase the convolution before them, weights and work alike.
 
     Args:
         name: of timm, for example "resnet50".
@@ -80,6 +81,8 @@ def create(name: str, *, seed: int = 0, **options: Any) -> torch.nn.Module:
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         momenta = [m.momentum for m in norms]
         for norm in norms:
+            if norm.weight is not None and not norm.weight.any():
+                torch.nn.init.ones_(norm.weight)
             norm.momentum = None  # cumulative average of the calibration batches
         if norms:
             with torch.no_grad():

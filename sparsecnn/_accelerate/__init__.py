@@ -1,1 +1,1 @@
-"""What accelerate is made of, in the order it is used: copy, record, fold, survey, model, report."""
+"""The parts of accelerate, in the order of use: copy, record, fold, survey, model, report."""
