@@ -52,8 +52,7 @@ def digits(size: int = 32, seed: int = 0) -> Digits:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ModuleNotFoundError(
-            "digits: expected scikit-learn to be installed, got none; "
-            "pip install 'sparsecnn[demo]'"
+            "digits: expected scikit-learn to be installed, got none; pip install 'sparsecnn[demo]'"
         ) from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze_(1)

@@ -9,9 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from sparsecnn._demo_reload import reload
 from sparsecnn.accelerate import accelerate
 from sparsecnn.data import Digits, ResNet20, digits
 from sparsecnn.measure import LatencyStats, Report, accuracy, model_size, time_interleaved
 from sparsecnn.prune import Magnitude, Polynomial, Pruner, find_targets, sparsity
-from sparsecnn.storage import load, save
+from sparsecnn.storage import save
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -177,20 +174,17 @@ def run(settings: Settings, progress: Progress) -> tuple[Result, Report]:
     with _threads(settings.threads):
         dense, sparse = dense.eval(), sparse.eval()
         images, labels = (part.to(device) for part in data.test.tensors)
-        task = progress.add_task("accelerate: time every kernel", total=1)
-        fast = accelerate(sparse, images[:1])
-        progress.update(task, completed=1)
+        with _task(progress, "accelerate: time every kernel"):
+            fast = accelerate(sparse, images[:1])
         assert isinstance(fast.report, Report)
-        task = progress.add_task("compare latencies", total=1)
-        stats, layout = compare_latency(dense, fast, images[:1])
-        progress.update(task, completed=1)
+        with _task(progress, "compare latencies"):
+            stats, layout = compare_latency(dense, fast, images[:1])
         target = settings.out / "model.safetensors"
         save(fast, target)
-        task = progress.add_task("reload in a fresh process", total=1)
         with torch.inference_mode():
             logits = fast(images).cpu()
-        again = _reload(target, settings)
-        progress.update(task, completed=1)
+        with _task(progress, "reload in a fresh process"):
+            again = reload(target, settings.width, settings.seed, settings.threads, settings.device)
         result = Result(
             images=len(labels),
             accuracy_dense=accuracy(dense, [(images, labels)])["top1"],
@@ -240,53 +234,6 @@ def compare_latency(
     fns["accelerated"] = _call(fast, x)
     stats = time_interleaved(fns, warmup=20, runs=200, max_time_s=20.0, device=x.device)
     return stats, min(layouts, key=lambda name: stats[name].median_s)
-
-
-def reload_logits(path: str, width: int, seed: int, threads: int, device: str, out: str) -> None:
-    """What the fresh process runs: load the file, write the test images' logits to `out`.
-
-    Args:
-        path: of the saved model.
-        width: of the network.
-        seed: of the split.
-        threads: as in the process that saved, so that sums have the same order.
-        device: to compute on.
-        out: safetensors file to write.
-    """
-    torch.set_num_threads(threads)
-    model = load(path, ResNet20(width)).eval().to(device)
-    images = digits(32, seed).test.tensors[0].to(device)
-    with torch.inference_mode():
-        save_file({"logits": model(images).cpu().contiguous()}, out)
-
-
-def _reload(path: Path, settings: Settings) -> Tensor:
-    with tempfile.TemporaryDirectory() as folder:
-        out = os.path.join(folder, "logits.safetensors")
-        arguments = [
-            os.path.abspath(path), settings.width, settings.seed, settings.threads,
-            settings.device, out,
-        ]  # fmt: skip
-        code = (
-            "import json, sys; from sparsecnn.demo import reload_logits; "
-            "reload_logits(*json.loads(sys.argv[1]))"
-        )
-        # The package may have been found through the current folder, which -c does not look in
-        # when it is started elsewhere.
-        root = str(Path(__file__).resolve().parents[1])
-        path_list = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path_list)},
-            cwd=folder,
-            check=False,
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"demo: the fresh process could not reload {path}: {last}")
-        return load_file(out)["logits"]
 
 
 def _train(
@@ -361,7 +308,8 @@ def _subset(data: Digits, quick: bool) -> Digits:
     """The data, or for a quick run a small part for training; the test set stays whole."""
     if not quick:
         return data
-    train, val = (TensorDataset(*(t[:n] for t in p.tensors)) for p, n in zip(data, (256, 64), strict=False))
+    train = TensorDataset(*(t[:256] for t in data.train.tensors))
+    val = TensorDataset(*(t[:64] for t in data.val.tensors))
     return Digits(train, val, data.test)
 
 
@@ -376,6 +324,14 @@ def _notes(result: Result) -> list[str]:
         f"file: {result.dense_bytes:,} -> {result.file_bytes:,} bytes",
         f"reloaded by a fresh process, logits on the test set equal {same}",
     ]
+
+
+@contextmanager
+def _task(progress: Progress, title: str) -> Iterator[None]:
+    """A pulsing bar for work of unknown length."""
+    task = progress.add_task(title, total=None)
+    yield
+    progress.update(task, total=1, completed=1)
 
 
 def _call(model: nn.Module, x: Tensor) -> Callable[[], object]:
