@@ -45,7 +45,9 @@ def apply_layout_(model: nn.Module, layout: str) -> nn.Module:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _InputLayout):
             del model._forward_pre_hooks[key]
-    model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=LAYOUTS[layout])
     model.register_forward_pre_hook(_InputLayout(layout))
     model._sparsecnn_layout = layout  # type: ignore[assignment]
     return model
