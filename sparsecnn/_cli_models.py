@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.storage import load
+from sparsecnn.storage.manifest import KEY
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # Keys under which training scripts put the state dict beside optimizer and epoch.
@@ -119,8 +120,8 @@ def build(spec: str) -> nn.Module:
 def _torchvision(name: str) -> nn.Module:
     try:
         from torchvision import models
-    except ImportError as error:
-        raise CliError(_missing("torchvision")) from error
+    except (ImportError, RuntimeError) as error:
+        raise CliError(_missing("torchvision", error)) from error
     known: list[str] = models.list_models()
     if name not in known:
         raise CliError(_unknown("torchvision", name, known))
@@ -133,8 +134,8 @@ def _torchvision(name: str) -> nn.Module:
 def _timm(name: str) -> nn.Module:
     try:
         import timm
-    except ImportError as error:
-        raise CliError(_missing("timm")) from error
+    except (ImportError, RuntimeError) as error:
+        raise CliError(_missing("timm", error)) from error
     known: list[str] = timm.list_models()
     if name.split(".")[0] not in known:
         raise CliError(_unknown("timm", name, known))
@@ -223,25 +224,30 @@ def _is_ours(path: Path) -> bool:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == "sparsecnn"
+            return KEY in (file.metadata() or {})
     except SafetensorError as error:
         raise CliError(f"expected a complete safetensors file {path}, got {error}") from error
 
 
 def _bake_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply masks that were saved beside the weights, of torch.nn.utils.prune and of `Pruner`."""
-    done = dict(tensors)
-    for key in tensors:
-        if key.endswith("_orig") and f"{key.removesuffix('_orig')}_mask" in tensors:
+    done: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for key, tensor in tensors.items():
+        name, mask = key, ""
+        if key.endswith("_orig"):
             name = key.removesuffix("_orig")
-            done[name] = done.pop(key) * done.pop(f"{name}_mask")
+            mask = f"{name}_mask"
         elif key.endswith(".original") and "parametrizations." in key:
             mask = f"{key.removesuffix('original')}0.mask"
-            if mask in tensors:
-                prefix, _, rest = key.rpartition("parametrizations.")
-                name = prefix + rest.removesuffix(".original")
-                done[name] = done.pop(key) * done.pop(mask)
-    return done
+            prefix, _, rest = key.rpartition("parametrizations.")
+            name = prefix + rest.removesuffix(".original")
+        if mask in tensors:
+            used.add(mask)
+            done[name] = torch.where(tensors[mask].bool(), tensor, torch.zeros_like(tensor))
+        else:
+            done[key] = tensor
+    return {key: tensor for key, tensor in done.items() if key not in used}
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], arch: str, path: Path) -> None:
@@ -254,8 +260,14 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], arch: str, path: Path) -
         ) from error
 
 
-def _missing(library: str) -> str:
-    return f"expected {library} to be installed, got none; pip install 'sparsecnn[models]'"
+def _missing(library: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == library:
+        return f"expected {library} to be installed, got none; pip install 'sparsecnn[models]'"
+    # Typical: a torchvision built for another torch, whose operators do not load.
+    return (
+        f"importing {library} failed: {_short(error)}; install the torchvision that belongs to "
+        f"torch {torch.__version__}"
+    )
 
 
 def _unknown(library: str, name: str, known: Iterable[str]) -> str:
