@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # density the CSR kernels won almost everywhere, above the second nowhere.
 LIKELY_DENSITY = 0.25
 HOPELESS_DENSITY = 0.5
+# From this gain of a layer alone on, the reason to keep it dense is the whole model.
+CLEAR_GAIN = 1.03
 # Whole zero groups below this share are not worth a step of their own.
 GROUP_SHARE = 0.1
 # A pattern is named when whole groups hold this share of the zeros. Single elements alone empty
@@ -41,8 +43,9 @@ class Verdict:
         kernel: what runs, or would run, the layer fastest.
         gain: dense time over that kernel's time; NaN where not measured.
         dense_ms: time of the best dense layer; NaN where not measured.
-        verdict: "faster", "not faster" or "dense" if measured, else "likely faster",
-            "maybe faster" or "dense".
+        verdict: if measured "faster", "not faster", "kept dense" (faster alone, but not in the
+            whole model) or "dense" (no kernel applies); else "likely faster", "maybe faster" or
+            "dense".
         why: one sentence.
     """
 
@@ -107,7 +110,12 @@ class Diagnosis:
         table.add_column("gain", justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         table.add_column("why", overflow="fold", min_width=16)
-        colours = {"faster": "green", "likely faster": "green", "not faster": "yellow"}
+        colours = {
+            "faster": "green",
+            "likely faster": "green",
+            "not faster": "yellow",
+            "kept dense": "yellow",
+        }
         for v in self.verdicts:
             gain = "-" if math.isnan(v.gain) else f"{v.gain:.2f}x"
             cells = (
@@ -245,7 +253,8 @@ def _measured(layer: LayerReport, zeros: LayerSparsity | None) -> Verdict:
     if not layer.is_dense:
         verdict, gain = "faster", layer.speedup
     elif candidates:
-        verdict, gain = "not faster", layer.dense_ms / min(candidates.values())
+        gain = layer.dense_ms / min(candidates.values())
+        verdict = "not faster" if gain < CLEAR_GAIN else "kept dense"
     else:
         verdict, gain = "dense", math.nan
     reason = layer.reason

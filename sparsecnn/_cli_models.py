@@ -111,10 +111,22 @@ def build(spec: str) -> nn.Module:
     if not library or not name:
         raise CliError(f"expected an architecture as {_FORMS}, got {spec!r}")
     if library == "torchvision":
-        return _torchvision(name)
+        return _with_residuals(_torchvision(name))
     if library == "timm":
-        return _timm(name)
+        return _with_residuals(_timm(name))
     return _factory(library, name)
+
+
+def _with_residuals(model: nn.Module) -> nn.Module:
+    """Scales of batch norms that training would start from zero, set to one.
+
+    They switch whole residual branches off: folded into the convolution before them they would
+    make it all zeros, and every figure about such a network far too good.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine and not module.weight.any():
+            nn.init.ones_(module.weight)
+    return model
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -189,18 +201,20 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise CliError(f"expected a complete safetensors file {path}, got {error}") from error
+    with path.open("rb"):  # not readable: the usual OSError
+        pass
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CliError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        # One of a dozen types, by what is wrong with the file.
+        # One of a dozen types, by what is wrong with the file; even OSError where it is cut.
         reason = _short(error)
-        if "weights_only" in reason or "Unsupported" in reason:
-            reason = "objects other than tensors, which are not read because that runs code in it"
+        if any(
+            mark in str(error) for mark in ("GLOBAL", "Unsupported class", "Unsupported global")
+        ):
+            reason = "it holds objects other than tensors; reading those would run code of the file"
         raise CliError(
             f"expected {path} to be a checkpoint that torch.save wrote from a state dict, got a "
-            f"damaged or foreign file ({reason})"
+            f"damaged or foreign file: {reason}"
         ) from error
     state = found
     for key in CONTAINERS:

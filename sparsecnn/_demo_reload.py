@@ -17,6 +17,10 @@ from sparsecnn.data import ResNet20, digits
 from sparsecnn.storage import load
 
 
+class ReloadError(Exception):
+    """The fresh process failed; the message holds its last line."""
+
+
 def reload_logits(path: str, width: int, seed: int, threads: int, device: str, out: str) -> None:
     """What the fresh process runs: load the file, write the test images' logits to `out`.
 
@@ -46,7 +50,7 @@ def reload(path: Path, width: int, seed: int, threads: int, device: str) -> Tens
         device: see there.
 
     Raises:
-        RuntimeError: the process failed; its last line is in the message.
+        ReloadError: the process failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "logits.safetensors")
@@ -69,5 +73,5 @@ def reload(path: Path, width: int, seed: int, threads: int, device: str) -> Tens
         )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"demo: the fresh process could not reload {path}: {last}")
+            raise ReloadError(f"the fresh process could not reload {path}: {last}")
         return load_file(out)["logits"]

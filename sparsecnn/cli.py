@@ -23,7 +23,7 @@ from sparsecnn._cli_doctor import examine_model, examine_tensors
 from sparsecnn._cli_models import HELP, CliError, first_pass, open_model, open_source
 from sparsecnn._cli_profile import profile, profile_table
 from sparsecnn.accelerate import accelerate
-from sparsecnn.demo import Settings, compare_latency, run
+from sparsecnn.demo import ReloadError, Settings, compare_latency, run
 from sparsecnn.measure import Report
 from sparsecnn.prune import Random, prune_
 
@@ -215,8 +215,12 @@ def _demo(options: argparse.Namespace) -> int:
     if settings.out.exists() and not settings.out.is_dir():
         raise CliError(f"expected --out to be a folder, got the file {settings.out}")
     out = _console()
-    with _progress() as progress:
-        result, report = run(settings, progress)
+    try:
+        with _progress() as progress:
+            result, report = run(settings, progress)
+    except ReloadError as error:
+        print(f"sparsecnn demo: failed: {error}", file=sys.stderr)
+        return 1
     out.print(report)
     out.print(_summary(result, settings.out))
     failed = result.failures()

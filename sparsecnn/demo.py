@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from sparsecnn._demo_reload import reload
+from sparsecnn._demo_reload import ReloadError, reload
 from sparsecnn.accelerate import accelerate
 from sparsecnn.data import Digits, ResNet20, digits
 from sparsecnn.measure import LatencyStats, Report, accuracy, model_size, time_interleaved
@@ -30,6 +30,8 @@ from sparsecnn.storage import save
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+__all__ = ["ReloadError", "Result", "Settings", "compare_latency", "run"]
 
 BATCH = 64
 LEARNING_RATE = 3e-3
@@ -158,7 +160,7 @@ def run(settings: Settings, progress: Progress) -> tuple[Result, Report]:
     Raises:
         ModuleNotFoundError: scikit-learn is missing.
         OSError: the results cannot be written.
-        RuntimeError: the fresh process failed.
+        ReloadError: the fresh process could not load the file.
 
     Cost: with the default settings about two minutes on two cores.
     """
