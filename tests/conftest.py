@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ sys.path[:] = [entry for entry in _path if entry not in ("", _ROOT)]
 import sparsecnn  # noqa: E402
 
 sys.path[:] = _path
+# The same for the processes that tests start: the installed package first, then the tests' helpers.
+_INSTALLED = str(Path(sparsecnn.__file__).resolve().parents[1])
+os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join((_INSTALLED, _ROOT))
 
 ISAS = ("scalar", "avx2", "avx512")
 # What the kernel must name in /proc/cpuinfo before an instruction set may be skipped. Read from

@@ -55,13 +55,12 @@ sys.stderr.write("FACTS" + json.dumps(facts))
 
 
 def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that can import the package from this tree."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    """A fresh interpreter that imports the package under test."""
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, **environ},
+        env={**os.environ, **environ},
         timeout=300,
         check=False,
     )

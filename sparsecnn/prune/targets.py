@@ -334,7 +334,8 @@ def check_maskable(target: Target, what: str) -> None:
     name = target.name or "(model)"
     for owner in target.owners:
         if parametrize.is_parametrized(owner, target.param):
-            kinds = [type(p).__name__ for p in owner.parametrizations[target.param]]  # type: ignore[index]
+            masks: Any = owner.parametrizations
+            kinds = [type(p).__name__ for p in masks[target.param]]
             raise ValueError(
                 f"{what}: expected layer {name!r} without parametrizations of its weight, got "
                 f"{', '.join(kinds)}; finalize the other Pruner, or call "

@@ -152,7 +152,8 @@ def _build_sparse(name: str, dense: nn.Module, activation: str, weight: CSRWeigh
     # Zeros of the full shape that take no memory: packing them gives the empty sparse layer.
     values = weight.values
     dense.weight = nn.Parameter(values.new_zeros(()).expand(shape), requires_grad=True)
-    layer: nn.Module = SPARSE_LAYERS[name].from_dense(dense, activation=activation)  # type: ignore[attr-defined]
+    sparse_type: Any = SPARSE_LAYERS[name]
+    layer: nn.Module = sparse_type.from_dense(dense, activation=activation)
     layer.values = nn.Parameter(values)
     layer.col_idx, layer.row_ptr = weight.col_idx, weight.row_ptr
     return layer

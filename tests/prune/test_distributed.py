@@ -61,7 +61,7 @@ def test_two_ranks_keep_equal_masks(tmp_path):
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(store)],
             cwd=root,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
