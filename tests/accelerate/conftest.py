@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.measure import LatencyStats
+from tests.models import prepare_torchvision
 
 _TIMED = ("_accelerate.candidates", "_accelerate.model", "_accelerate.survey")
-# Operator names that torchvision declares fakes for; kept alive for the whole session.
-_KEEP: list[torch.library.Library] = []
 
 
 def stats(
@@ -117,25 +114,8 @@ def assert_same_function(old: nn.Module, new: nn.Module, *inputs: Tensor) -> Non
 def import_timm() -> Any:
     """The timm package; skips the test where it is not installed.
 
-    A torchvision built for CUDA declares fakes of operators that do not exist beside a CPU build of
-    torch, and timm imports torchvision: the names are declared first.
+    torchvision, which it imports, may be built for another torch: `prepare_torchvision` helps it.
     """
-    if importlib.util.find_spec("timm") is None:
+    if importlib.util.find_spec("timm") is None or not prepare_torchvision():
         pytest.skip("timm is not installed")
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None and not _KEEP:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            folder = Path(spec.origin).parent
-            names: set[str] = set()
-            for path in (*folder.glob("_*_registrations.py"), *folder.glob("ops/*.py")):
-                found = re.findall(r"torchvision::(\w+)|register_meta\(\"(\w+)\"", path.read_text())
-                names |= {a or b for a, b in found}
-            library = torch.library.Library("torchvision", "DEF")
-            for name in names:
-                library.define(f"{name}() -> ()")
-            _KEEP.append(library)
-            for loaded in [m for m in importlib.sys.modules if m.startswith("torchvision")]:
-                del importlib.sys.modules[loaded]
     return importlib.import_module("timm")
