@@ -170,7 +170,7 @@ def run(settings: Settings, progress: Progress) -> tuple[Result, Report]:
     device = torch.device(settings.device)
     with _seeded(settings.seed), _threads(_cores()):
         dense = ResNet20(settings.width).to(device)
-        _train(dense, data, settings.epochs, LEARNING_RATE, settings.seed, progress, "train dense")
+        _train(dense, data, settings.epochs, LEARNING_RATE, settings.seed, progress, "train")
         sparse = copy.deepcopy(dense)
         _prune(sparse, data, settings, progress)
     with _threads(settings.threads):
@@ -272,7 +272,7 @@ def _train(
             plan.step()
             progress.advance(task)
         found = accuracy(model, _batches(data.val))["top1"]
-        text = f"{title}: epoch {epoch + 1}/{epochs}, validation {found:.1%}"
+        text = f"{title} {epoch + 1}/{epochs}, validation {found:.1%}"
         if pruner is not None:
             text += f", zeros {pruner.sparsity().element:.1%}"
         progress.update(task, description=text)
@@ -291,7 +291,7 @@ def _prune(model: nn.Module, data: Digits, settings: Settings, progress: Progres
     )
     _train(
         model, data, settings.finetune_epochs, LEARNING_RATE, settings.seed + 1, progress,
-        "prune and fine-tune", pruner,
+        "prune, fine-tune", pruner,
     )  # fmt: skip
     pruner.finalize()
 
