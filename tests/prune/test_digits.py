@@ -73,7 +73,7 @@ def test_gradual_pruning_recovers_what_one_shot_loses(trained, digits):
     at_once = prune(trained, Magnitude(sparsity=0.9))
     model = copy.deepcopy(trained)
     pruner = Pruner(model, importance=Magnitude(sparsity=0.9), schedule=Polynomial(0, 60, 10))
-    fit(model, digits, 6, pruner)
+    fit(model, digits, 12, pruner)
     model = pruner.finalize()
     for entry in sparsity(model).layers[:-1]:
         assert entry.element == pytest.approx(0.9, abs=0.5 / entry.elements + 1e-9)
