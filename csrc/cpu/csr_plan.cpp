@@ -1,7 +1,8 @@
 // The cost model behind csr_conv2d's choice of lanes, block and channel block.
 //
-// Cycles per unit were fitted on one core of a Zen 4 server CPU (AVX-512, 32 KB L1, 1 MB L2). They
-// only rank alternatives, so a machine that is proportionally faster or slower chooses the same.
+// Cycles per unit are estimates from timings of the kernel's parts on one core of a Zen 4 server CPU
+// (AVX-512, 32 KB L1, 1 MB L2), not a fit; the plans they chose were within the noise of the best of
+// a sweep on five layers. They only rank alternatives.
 #include "cpu/csr_plan.h"
 
 #include <algorithm>
@@ -26,7 +27,7 @@ constexpr double kRowCycles = 12.0;            // per row of a copy: a new page 
 constexpr double kTouchCycles = 1.0;           // per packed vector and block, from L2 to L1
 constexpr double kListCycles = 20.0;           // finding the bounds of one visit
 constexpr double kPanelLimit = 512 << 10;      // bytes of a panel, half of L2
-constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel, partial sums and visits
+constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel, partial sums and bounds
 constexpr int64_t kCacheLine = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -18,7 +18,7 @@
 // The bound. One FMA with an L1 operand per cycle: 83 GFLOP/s of a 104 GFLOP/s core (Zen 4,
 // AVX-512, one 64-byte load a cycle) when every operand is aligned and in L1; 57 when loads split
 // cache lines, 48 when they come from L2. Measured inside the row loop at 90 %: 71 GFLOP/s on 3x3
-// 128>128 @28, 55 on 256>256 @14, 37 on the 7x7 and 1x1 layers, where an input vector is used by
+// 128>128 @28, 62 on 256>256 @14, 32-43 on 7x7 maps and 1x1 @14, where an input vector is used by
 // too few filters to be worth bringing to L1 (1x1 1024>256 @14: 26 of 256).
 //
 // Tried and lost, one thread, 90 % (figures of one run each, interleaved):
