@@ -1,8 +1,8 @@
 // The cost model behind csr_conv2d's choice of lanes, block and channel block.
 //
-// Cycles per unit are estimates from timings of the kernel's parts on one core of a Zen 4 server CPU
-// (AVX-512, 32 KB L1, 1 MB L2), not a fit; the plans they chose were within the noise of the best of
-// a sweep on five layers. They only rank alternatives.
+// Cycles per unit are estimates from timings of the kernel's parts on one core of a Zen 4 server
+// CPU (AVX-512, 32 KB L1, 1 MB L2), not a fit; the plans they chose were within the noise of the
+// best of a sweep on five layers. They only rank alternatives.
 #include "cpu/csr_plan.h"
 
 #include <algorithm>
