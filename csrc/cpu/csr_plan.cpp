@@ -6,64 +6,44 @@
 #include "cpu/csr_plan.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <unordered_map>
 #include <vector>
 
 namespace sparsecnn::cpu {
 namespace {
 
-constexpr double kFmaCycles = 1.15;            // FMA with an operand in L1
-constexpr double kL2Penalty = 0.9;             // added for an operand in L2
-constexpr double kScalarCycles = 0.7;          // weight, column and offset of one nonzero
+// The row loop, from 60 timings of blocks of 4 to 28 vectors at 5 to 20 % density.
+constexpr double kFmaCycles = 1.07;            // FMA with an operand in L1
+constexpr double kEntryCycles = 1.3;           // value and offset of one nonzero
 constexpr double kChainCycles = 4.0;           // latency of an FMA: a nonzero cannot cost less
-constexpr double kVisitCycles = 14.0;          // start and end of a visit
-constexpr double kPartialCycles = 3.5;         // load and store of one partial-sum vector in L2
-constexpr double kTransposeCycles = 6.0;       // per vector packed through an L x L transpose
-constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
-constexpr double kCopyCycles = 3.0;            // per vector packed or unpacked as it is
-constexpr double kRowCycles = 12.0;            // per row of a copy: a new page and stream
+constexpr double kVisitCycles = 7.0;           // start and end of a filter's visit to a panel
+constexpr double kPartialCycles = 1.3;         // load and store of one vector of partial sums
+constexpr double kWideCycles = 0.08;           // added to it per vector of a block beyond 14
+constexpr double kL2Penalty = 0.6;             // added to an FMA whose operand comes from L2
+constexpr double kL1Bytes = 36 << 10;          // panel from which on operands do
+constexpr double kStoredCycles = 5.0;          // added per nonzero of a weight not streamed
+constexpr double kListCycles = 20.0;           // and per visit, to find its bounds
+// The two sides of a panel.
+constexpr double kTransposeCycles = 8.0;       // per vector packed through an L x L transpose
+constexpr double kScatterCycles = 10.0;        // per vector unpacked through a transpose
+constexpr double kCopyCycles = 3.5;            // per vector packed or unpacked as it is
+constexpr double kRowCycles = 4.0;             // per row of a copy: a new page and stream
 constexpr double kTouchCycles = 1.0;           // per packed vector and block, from L2 to L1
-constexpr double kListCycles = 20.0;           // finding the bounds of one visit
-constexpr double kPanelLimit = 512 << 10;      // bytes of a panel, half of L2
-constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel, partial sums and bounds
-constexpr int64_t kCacheLine = 64;
+constexpr double kPanelLimit = 384 << 10;      // bytes of a panel
+constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel and partial sums
+// Up to so many vectors of output, a weight is read as it is stored.
+constexpr int64_t kStoredVectors = 2;
+// Scratch may take what is left of 1.2 times input and output after the output itself.
+constexpr double kScratchShare = 1.2;
+constexpr int64_t kCacheLine = 64, kL1Sets = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Input positions along one axis that the taps of n consecutive outputs touch, each once.
-//
-// Tap t of output i reads position i*stride + t*dil. Positions are ordered by phase (position mod
-// stride), then ascending, so that for every tap the n positions of n outputs are neighbours: the
-// stride is absorbed here and the kernel always steps by one vector. Gaps of a large dilation are
-// left out. Writes positions and, per tap, the index of its first position; both may be null.
-int32_t pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int32_t* source,
-                  int32_t* tap_index) {
-  int32_t count = 0;
-  for (int64_t first = 0; first < taps; ++first) {
-    const int64_t phase = first * dil % stride;
-    bool seen = false;
-    for (int64_t t = 0; t < first && !seen; ++t) seen = t * dil % stride == phase;
-    if (seen) continue;
-    int64_t segment_start = 0, segment_base = 0, end = -1;
-    for (int64_t t = first; t < taps; ++t) {
-      if (t * dil % stride != phase) continue;
-      const int64_t start = t * dil / stride;
-      if (start > end) {
-        segment_start = start;
-        segment_base = count;
-        end = start;
-      }
-      if (tap_index) tap_index[t] = static_cast<int32_t>(segment_base + start - segment_start);
-      for (; end < start + n; ++end, ++count) {
-        if (source) source[count] = static_cast<int32_t>(end * stride + phase);
-      }
-    }
-  }
-  return count;
-}
 
 ConvShape collapse_pointwise(const ConvShape& s, Layout layout, bool* pointwise) {
   *pointwise = s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 &&
@@ -91,12 +71,12 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
   plan.blocks_y = ceil_div(plan.tile_h, int64_t{plan.ny} * plan.super_y);
   plan.blocks_x = ceil_div(plan.tile_w, int64_t{plan.nx} * plan.super_x);
   const int32_t out_rows = plan.ny * plan.super_y, out_cols = plan.nx * plan.super_x;
-  plan.rows = pack_axis(s.r, s.dil_h, s.stride_h, out_rows, nullptr, nullptr);
-  plan.cols = pack_axis(s.s, s.dil_w, s.stride_w, out_cols, nullptr, nullptr);
+  plan.rows = csr_pack_axis(s.r, s.dil_h, s.stride_h, out_rows, nullptr, nullptr);
+  plan.cols = csr_pack_axis(s.s, s.dil_w, s.stride_w, out_cols, nullptr, nullptr);
   plan.span = static_cast<int32_t>((s.s - 1) * s.dil_w + (out_cols - 1) * s.stride_w + 1);
   const double block_vecs =  // packed vectors that one block touches
-      static_cast<double>(pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
-      pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
+      static_cast<double>(csr_pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
+      csr_pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
 
   const int64_t cg = s.channels_per_group(), kg = s.filters_per_group();
   const double nnz_g = nnz / static_cast<double>(s.groups);
@@ -108,7 +88,9 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
 
   const double vecs = static_cast<double>(plan.rows) * plan.cols;
   double pack;  // cycles per channel and item
-  if (params.layout == Layout::kNHWC) {
+  if (plan.in_place) {
+    pack = 0;  // what it costs to bring the image to L1 is in kTouchCycles
+  } else if (params.layout == Layout::kNHWC) {
     pack = vecs * kTransposeCycles;
   } else if (plan.interleaved) {
     pack = vecs * kCopyCycles + kRowCycles;
@@ -116,29 +98,38 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
     pack = static_cast<double>(plan.rows * ceil_div(plan.span, lanes) * lanes) * kTransposeCycles;
   }
   double unpack;  // cycles per filter and block
-  if (params.layout == Layout::kNCHW && !plan.interleaved) {
-    unpack = static_cast<double>(plan.ny * ceil_div(plan.nx, lanes) * lanes) * kScatterCycles;
+  if (params.layout == Layout::kNHWC) {
+    unpack = static_cast<double>(vectors) * kScatterCycles;
+  } else if (plan.interleaved) {
+    unpack = static_cast<double>(vectors);  // stored from the row loop
   } else {
-    unpack = static_cast<double>(vectors) *
-             (plan.interleaved && params.layout == Layout::kNCHW ? kCopyCycles : kScatterCycles);
+    unpack = static_cast<double>(plan.ny * ceil_div(plan.nx, lanes) * lanes) * kScatterCycles;
   }
 
   double best = -1;
-  const double channel_bytes = block_vecs * static_cast<double>(lanes * element_bytes);
+  // Planes of an image read in place may compete for the same sets of L1: with a pitch of, say, 16
+  // lines a channel takes as much of the cache as 16 lines.
+  double lines = 0;
+  if (plan.in_place) {
+    const int64_t pitch = std::max<int64_t>(1, s.w * element_bytes / kCacheLine);
+    lines = static_cast<double>(std::gcd(pitch, kL1Sets) * kCacheLine);
+  }
+  const double channel_bytes =
+      std::max(block_vecs * static_cast<double>(lanes * element_bytes), lines);
   const int64_t in_l1 =
       std::max<int64_t>(1, static_cast<int64_t>(machine.panel_bytes / channel_bytes));
   CsrPlan chosen = plan;
-  for (int64_t grow = 1; grow <= 16; grow *= 2) {
-    const int64_t want = std::min(cg, in_l1 * grow);
+  const auto try_channels = [&](int64_t want) {
     const int64_t panels = ceil_div(cg, want);
     const int64_t block = ceil_div(cg, panels);
-    const double super_bytes = vecs * static_cast<double>(block * lanes * element_bytes);
-    if (grow > 1 && super_bytes > kPanelLimit) break;
+    const double super_bytes =
+        plan.in_place ? 0 : vecs * static_cast<double>(block * lanes * element_bytes);
+    if (want > in_l1 && super_bytes > kPanelLimit) return;
     // Filters per chunk: the scratch of one thread stays in its share of L2, and all have work.
-    const int64_t filter_bytes =
-        vectors * plan.super_y * plan.super_x * lanes * element_bytes + 4 * (panels + 1);
-    const int64_t budget =
-        std::max<int64_t>(kScratchBudget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
+    const int64_t filter_bytes = vectors * plan.super_y * plan.super_x * lanes * element_bytes +
+                                 (plan.streamed ? 4 : 4 * (panels + 2));
+    const int64_t budget = std::max<int64_t>(
+        plan.scratch_budget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
     int64_t chunks = std::max<int64_t>(1, ceil_div(kg * filter_bytes, budget));
     const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
     const auto imbalance = [&](int64_t c) {
@@ -148,19 +139,21 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
     while (chunks < max_chunks && imbalance(chunks) > 1.12) ++chunks;
 
     const double panel = static_cast<double>(block) * channel_bytes;
-    const double miss = std::max(0.0, 1.0 - static_cast<double>(machine.panel_bytes) * 1.2 / panel);
-    const double fma =
-        std::max(static_cast<double>(vectors) * (kFmaCycles + kL2Penalty * miss) + kScalarCycles,
-                 kChainCycles);
+    const double miss = std::max(0.0, 1.0 - kL1Bytes / panel);
+    const double entry =
+        std::max(static_cast<double>(vectors) * (kFmaCycles + kL2Penalty * miss) + kEntryCycles,
+                 kChainCycles) +
+        (plan.streamed ? 0 : kStoredCycles);
     const double visits = static_cast<double>(kg * panels);
+    const double partial =
+        kPartialCycles + kWideCycles * static_cast<double>(std::max<int64_t>(0, vectors - 14));
     const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
-        static_cast<double>(s.groups) * visits * kListCycles +
-        blocks *
-            (visits * (kVisitCycles +
-                       static_cast<double>(vectors) * (panels > 1 ? kPartialCycles : 1.5)) +
-             nnz_g * fma + touch * static_cast<double>(chunks) + static_cast<double>(kg) * unpack);
+        (plan.streamed ? 0 : static_cast<double>(s.groups) * visits * kListCycles) +
+        blocks * (visits * (kVisitCycles + static_cast<double>(vectors) * partial) +
+                  nnz_g * entry + touch * static_cast<double>(chunks) +
+                  static_cast<double>(kg) * unpack);
     const double total = cycles * imbalance(chunks);
     if (best < 0 || total < best) {
       best = total;
@@ -168,7 +161,11 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
       chosen.channel_blocks = panels;
       chosen.filter_chunks = chunks;
     }
-    if (want == cg) break;
+  };
+  for (const double grow : {0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0}) {
+    const auto want = static_cast<int64_t>(static_cast<double>(in_l1) * grow);
+    try_channels(std::clamp<int64_t>(want, 1, cg));
+    if (want >= cg) break;
   }
   plan = chosen;
   return best;
@@ -177,7 +174,7 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
 struct Key {
   ConvShape shape;
   int64_t nnz;
-  int32_t dtype, layout, lanes, max_vectors, threads;
+  int32_t dtype, layout, lanes, max_vectors, threads, aligned;
   bool operator==(const Key& o) const { return std::memcmp(this, &o, sizeof(Key)) == 0; }
 };
 struct KeyHash {
@@ -197,6 +194,13 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
   base.shape = collapse_pointwise(params.shape, params.layout, &pointwise);
   base.lanes = machine.lanes;
   const int64_t element = params.dtype == DType::kFloat64 ? 8 : 4;
+  const ConvShape& s = params.shape;
+  base.streamed = ceil_div(s.n * s.p * s.q, machine.lanes) > kStoredVectors;
+  const int64_t stored = params.dtype == DType::kBFloat16 ? 2 : element;
+  const double in = static_cast<double>(s.n * s.c * s.h * s.w * stored);
+  const double out = static_cast<double>(s.n * s.k * s.p * s.q * stored);
+  base.scratch_budget = std::clamp<int64_t>(
+      static_cast<int64_t>((kScratchShare * (in + out) - out) / threads), 32 << 10, kScratchBudget);
   CsrPlan best = base;
   double best_cycles = -1;
   const auto consider = [&](CsrPlan plan) {
@@ -213,6 +217,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
           plan.super_y = plan.super_x = 1;
           // Rows share their halo; pixels of a pointwise layer share pages and prefetch streams.
           (plan.interleaved ? plan.super_x : plan.super_y) = super;
+          if (plan.in_place && (super > 1 || tile_w % nx != 0)) break;
           if (super > 1 &&
               ceil_div(plan.interleaved ? tile_w : tile_h, plan.interleaved ? nx : ny) < super) {
             break;
@@ -242,35 +247,60 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     plan.lx = machine.lanes;
     plan.interleaved = true;
     consider(plan);
+    plan.in_place = params.layout == Layout::kNCHW && params.dtype != DType::kBFloat16 &&
+                    plan.shape.w % machine.lanes == 0 && csr_is_aligned(params);
+    if (plan.in_place) consider(plan);
+  }
+  if (const char* o = std::getenv("DEV_PLAN")) {
+    int ny, nx, sy, sx, ly, lx, inter, cb, ch;
+    if (std::sscanf(o, "%d,%d,%d,%d,%d,%d,%d,%d,%d", &ny, &nx, &sy, &sx, &ly, &lx, &inter, &cb, &ch) == 9) {
+      CsrPlan plan = base;
+      plan.ny = ny; plan.nx = nx; plan.super_y = sy; plan.super_x = sx; plan.ly = ly; plan.lx = lx; plan.ln = inter ? 1 : machine.lanes / (ly * lx);
+      plan.interleaved = inter; plan.in_place = inter == 2;
+      evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
+      plan.channel_block = cb; plan.channel_blocks = ceil_div(plan.shape.channels_per_group(), cb); plan.filter_chunks = ch;
+      best = plan;
+    }
+  }
+  if (std::getenv("DEV_SHOW")) {
+    std::fprintf(stderr, "plan %d,%d,%d,%d,%d,%d,%d,%ld,%ld est %.3f ms\n", best.ny, best.nx, best.super_y, best.super_x, best.ly, best.lx, (int)best.interleaved+best.in_place, best.channel_block, best.filter_chunks, best_cycles / 3.6e6);
   }
   best.items =
       best.image_groups * best.blocks_y * best.blocks_x * best.shape.groups * best.filter_chunks;
   return best;
 }
 
-// First filter of chunk i of group g, so that chunks hold about equally many nonzeros. One row
-// counts as nnz + 8: an empty row still costs its bias and its store.
-int64_t chunk_start(const CsrPlan& plan, const int32_t* row_ptr, int64_t g, int64_t i) {
-  const int64_t kg = plan.shape.filters_per_group(), k0 = g * kg;
-  const auto weight = [&](int64_t k) {
-    return static_cast<int64_t>(row_ptr[k0 + k] - row_ptr[k0]) + 8 * k;
-  };
-  if (i == 0) return k0;
-  if (i >= plan.filter_chunks) return k0 + kg;
-  const int64_t target = weight(kg) * i / plan.filter_chunks;
-  int64_t lo = 0, hi = kg;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (weight(mid) < target) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
+}  // namespace
+
+// Tap t of output i reads position i*stride + t*dil. Positions are ordered by phase (position mod
+// stride), then ascending, so that for every tap the n positions of n outputs are neighbours: the
+// stride is absorbed here and the kernel always steps by one vector. Gaps of a large dilation are
+// left out.
+int32_t csr_pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int32_t* source,
+                      int32_t* tap_index) {
+  int32_t count = 0;
+  for (int64_t first = 0; first < taps; ++first) {
+    const int64_t phase = first * dil % stride;
+    bool seen = false;
+    for (int64_t t = 0; t < first && !seen; ++t) seen = t * dil % stride == phase;
+    if (seen) continue;
+    int64_t segment_start = 0, segment_base = 0, end = -1;
+    for (int64_t t = first; t < taps; ++t) {
+      if (t * dil % stride != phase) continue;
+      const int64_t start = t * dil / stride;
+      if (start > end) {
+        segment_start = start;
+        segment_base = count;
+        end = start;
+      }
+      if (tap_index) tap_index[t] = static_cast<int32_t>(segment_base + start - segment_start);
+      for (; end < start + n; ++end, ++count) {
+        if (source) source[count] = static_cast<int32_t>(end * stride + phase);
+      }
     }
   }
-  return k0 + lo;
+  return count;
 }
-
-}  // namespace
 
 CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& machine,
                  int32_t threads) {
@@ -285,82 +315,17 @@ CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& m
   key.lanes = machine.lanes;
   key.max_vectors = machine.max_vectors;
   key.threads = threads;
-  CsrPlan plan;
-  bool known = false;
+  key.aligned = csr_is_aligned(params);
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = cache.find(key);
-    if (it != cache.end()) {
-      plan = it->second;
-      known = true;
-    }
+    if (it != cache.end() && !std::getenv("DEV_PLAN")) return it->second;
   }
-  if (!known) {
-    plan = search(params, nnz, machine, threads);
-    std::lock_guard<std::mutex> lock(mutex);
-    if (cache.size() >= 1024) cache.clear();  // bounded: a service may see endless input sizes
-    cache.emplace(key, plan);
-  }
-
-  const int64_t element = params.dtype == DType::kFloat64 ? 8 : 4;
-  const ConvShape& s = plan.shape;
-  plan.max_chunk_filters = 0;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    for (int64_t i = 0; i < plan.filter_chunks; ++i) {
-      plan.max_chunk_filters =
-          std::max(plan.max_chunk_filters, chunk_start(plan, params.row_ptr, g, i + 1) -
-                                               chunk_start(plan, params.row_ptr, g, i));
-    }
-  }
-  const int64_t filter_bytes =
-      int64_t{plan.ny} * plan.nx * plan.super_y * plan.super_x * plan.lanes * element;
-  plan.panel_offset = 0;
-  plan.partial_offset =
-      round_up(plan.channel_block * plan.rows * plan.cols * plan.lanes * element, kCacheLine);
-  plan.bounds_offset =
-      plan.partial_offset + round_up(plan.max_chunk_filters * filter_bytes, kCacheLine);
-  plan.thread_bytes =
-      plan.bounds_offset +
-      round_up(4 * ((plan.channel_blocks + 1) * plan.max_chunk_filters + kBoundsPad), kCacheLine);
-  plan.shared_bytes =
-      round_up(4 * (plan.channel_block * s.r * s.s + plan.rows + plan.cols + plan.span), 8) +
-      8 * (s.groups * plan.filter_chunks + 1);
-  plan.shared_bytes = round_up(plan.shared_bytes, kCacheLine);
+  const CsrPlan plan = search(params, nnz, machine, threads);
+  std::lock_guard<std::mutex> lock(mutex);
+  if (cache.size() >= 1024) cache.clear();  // bounded: a service may see endless input sizes
+  cache.emplace(key, plan);
   return plan;
-}
-
-void csr_plan_tables(CsrPlan& plan, const CsrConv2dParams& params, void* shared) {
-  const ConvShape& s = plan.shape;
-  int32_t* p = static_cast<int32_t*>(shared);
-  plan.tap_offset = p;
-  plan.row_source = plan.tap_offset + plan.channel_block * s.r * s.s;
-  plan.col_source = plan.row_source + plan.rows;
-  plan.col_slot = plan.col_source + plan.cols;
-  char* end = reinterpret_cast<char*>(plan.col_slot + plan.span);
-  const int64_t used = round_up(end - static_cast<char*>(shared), 8);
-  plan.chunk_begin = reinterpret_cast<int64_t*>(static_cast<char*>(shared) + used);
-
-  std::vector<int32_t> tap_row(static_cast<size_t>(s.r)), tap_col(static_cast<size_t>(s.s));
-  pack_axis(s.r, s.dil_h, s.stride_h, plan.ny * plan.super_y, plan.row_source, tap_row.data());
-  pack_axis(s.s, s.dil_w, s.stride_w, plan.nx * plan.super_x, plan.col_source, tap_col.data());
-  int32_t* tap = plan.tap_offset;
-  for (int64_t c = 0; c < plan.channel_block; ++c) {
-    for (int64_t r = 0; r < s.r; ++r) {
-      for (int64_t q = 0; q < s.s; ++q) {
-        *tap++ = static_cast<int32_t>(((c * plan.rows + tap_row[r]) * plan.cols + tap_col[q]) *
-                                      plan.lanes);
-      }
-    }
-  }
-  std::fill(plan.col_slot, plan.col_slot + plan.span, -1);
-  for (int32_t j = 0; j < plan.cols; ++j) plan.col_slot[plan.col_source[j]] = j;
-
-  for (int64_t g = 0; g < s.groups; ++g) {
-    for (int64_t i = 0; i < plan.filter_chunks; ++i) {
-      plan.chunk_begin[g * plan.filter_chunks + i] = chunk_start(plan, params.row_ptr, g, i);
-    }
-  }
-  plan.chunk_begin[s.groups * plan.filter_chunks] = s.k;
 }
 
 }  // namespace sparsecnn::cpu

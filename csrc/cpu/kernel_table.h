@@ -18,6 +18,7 @@ struct KernelTable {
                      void* scratch);
   // Stored positions [begin, end); NCHW only.
   void (*csr_conv2d_grad_values)(const CsrConv2dGradValuesParams&, int64_t begin, int64_t end);
+  HashFunction content_hash;
 };
 
 extern const KernelTable kScalarKernels;

@@ -49,32 +49,35 @@ inline Activation activation_of(const std::string& name, const char* op) {
 // Whether strides are those of a dense tensor whose dimensions nest in `order` (outermost first);
 // a dimension of size 1 may have any stride.
 inline bool is_dense_in_order(const Tensor& t, const int (&order)[4]) {
-  if (t.numel() == 0) return order[1] == 1;
+  const auto sizes = t.sizes(), strides = t.strides();
   int64_t expected = 1;
   for (int i = 3; i >= 0; --i) {
-    const int64_t size = t.size(order[i]);
-    if (size != 1 && t.stride(order[i]) != expected) return false;
+    const int64_t size = sizes[order[i]];
+    if (size == 0) return order[1] == 1;
+    if (size != 1 && strides[order[i]] != expected) return false;
     expected *= size;
   }
   return true;
 }
 
+inline constexpr int kOrderNchw[4] = {0, 1, 2, 3}, kOrderNhwc[4] = {0, 2, 3, 1};
+
 // The layout an op works in: NCHW when x is contiguous, NHWC when only channels_last, and NCHW
 // after a copy otherwise.
 inline Layout layout_of(const Tensor& x) {
-  constexpr int nchw[4] = {0, 1, 2, 3}, nhwc[4] = {0, 2, 3, 1};
-  if (is_dense_in_order(x, nchw)) return Layout::kNCHW;
-  return is_dense_in_order(x, nhwc) ? Layout::kNHWC : Layout::kNCHW;
+  if (is_dense_in_order(x, kOrderNchw)) return Layout::kNCHW;
+  return is_dense_in_order(x, kOrderNhwc) ? Layout::kNHWC : Layout::kNCHW;
 }
 
 inline Tensor to_layout(const Tensor& t, Layout layout) {
-  constexpr int nchw[4] = {0, 1, 2, 3}, nhwc[4] = {0, 2, 3, 1};
-  if (layout == Layout::kNHWC) {
-    if (t.numel() != 0 && is_dense_in_order(t, nhwc)) return t;
-    return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-  }
-  if (is_dense_in_order(t, nchw)) return t;
-  return torch::stable::contiguous(t, MemoryFormat::Contiguous);
+  const bool nhwc = layout == Layout::kNHWC;
+  if (is_dense_in_order(t, nhwc ? kOrderNhwc : kOrderNchw)) return t;
+  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Without the way through the dispatcher where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 inline Tensor empty_like_layout(const Tensor& x, const std::vector<int64_t>& size, Layout layout) {

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "cpu/csr_program.h"
 #include "cpu/kernel_table.h"
 #include "ops/check.h"
 #include "ops/cuda_stream.h"
@@ -40,7 +41,8 @@ ConvShape make_shape(const Tensor& x, const Tensor& col_idx, const Tensor& row_p
   STD_TORCH_CHECK(col_idx.device() == x.device() && row_ptr.device() == x.device(), kOp,
                   ": expected col_idx and row_ptr on the device of x");
   ConvShape s{};
-  s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3);
+  const auto size = x.sizes();
+  s.n = size[0], s.c = size[1], s.h = size[2], s.w = size[3];
   s.k = row_ptr.size(0) - 1;
   s.r = g.kernel_size[0], s.s = g.kernel_size[1];
   s.stride_h = g.stride[0], s.stride_w = g.stride[1];
@@ -104,9 +106,9 @@ Call prepare(const Tensor& x, const Tensor& values, const Tensor& col_idx, const
                   col_idx.numel());
   const Layout layout = layout_of(x);
   Call call{to_layout(x, layout),
-            torch::stable::contiguous(values),
-            torch::stable::contiguous(col_idx),
-            torch::stable::contiguous(row_ptr),
+            as_contiguous(values),
+            as_contiguous(col_idx),
+            as_contiguous(row_ptr),
             Tensor(),
             std::nullopt,
             std::nullopt,
@@ -120,7 +122,7 @@ Call prepare(const Tensor& x, const Tensor& values, const Tensor& col_idx, const
     check_same(*bias, x, kOp, "bias");
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.k, kOp, ": expected bias of shape (",
                     s.k, ",)");
-    call.bias = torch::stable::contiguous(*bias);
+    call.bias = as_contiguous(*bias);
     p.bias = call.bias->const_data_ptr();
   }
   if (residual) {
@@ -155,22 +157,24 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_i
 
   const cpu::KernelTable& table = cpu::kernels();
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  cpu::CsrPlan plan =
-      cpu::csr_plan(params, call.col_idx.numel(),
-                    params.dtype == DType::kFloat64 ? table.csr_double : table.csr_float,
-                    static_cast<int32_t>(threads));
-  const int64_t workers = std::min(threads, plan.items);
-  char* const base = thread_scratch(plan.shared_bytes + workers * plan.thread_bytes);
-  cpu::csr_plan_tables(plan, params, base);
-  std::atomic<bool> sound{true};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      if (!table.csr_conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
-                            base + plan.shared_bytes + w * plan.thread_bytes)) {
-        sound = false;
+  const std::shared_ptr<const cpu::CsrProgram> program =
+      cpu::csr_program(params, call.col_idx.numel(),
+                       params.dtype == DType::kFloat64 ? table.csr_double : table.csr_float,
+                       static_cast<int32_t>(threads), table.content_hash);
+  std::atomic<bool> sound{program != nullptr};
+  if (program) {
+    const cpu::CsrPlan& plan = program->plan;
+    const int64_t workers = std::min(threads, plan.items);
+    char* const base = thread_scratch(workers * plan.thread_bytes);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+      for (int64_t w = first; w < last; ++w) {
+        if (!table.csr_conv2d(params, plan, plan.items * w / workers,
+                              plan.items * (w + 1) / workers, base + w * plan.thread_bytes)) {
+          sound = false;
+        }
       }
-    }
-  });
+    });
+  }
   STD_TORCH_CHECK(sound, kOp, ": expected col_idx ascending in each row within [0, ",
                   params.shape.columns(),
                   "), got a corrupt array; CSRWeight.validate() says where");
@@ -192,8 +196,8 @@ GradCall prepare_grad(const Tensor& grad_y, const Tensor& x, const Tensor& col_i
                   s.q, ")");
   GradCall call{to_layout(x, layout),
                 to_layout(grad_y, layout),
-                torch::stable::contiguous(col_idx),
-                torch::stable::contiguous(row_ptr),
+                as_contiguous(col_idx),
+                as_contiguous(row_ptr),
                 torch::stable::new_empty(x, {col_idx.numel()}),
                 {}};
   CsrConv2dGradValuesParams& p = call.params;

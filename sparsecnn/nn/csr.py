@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn._common import check_activation, inherit
-from sparsecnn.ops.csr_conv2d import csr_conv2d, csr_linear
+from sparsecnn.ops.csr_conv2d import Geometry, conv_geometry, csr_linear, run_csr_conv2d
 
 
 class _CSRLayer(nn.Module):
@@ -111,6 +111,8 @@ class CSRConv2d(_CSRLayer):
     dilation: tuple[int, int]
     groups: int
     padding_mode: Any
+    _geometry: Geometry
+    _padded_first: tuple[int, int, int, int] | None
 
     def __init__(
         self,
@@ -143,7 +145,13 @@ class CSRConv2d(_CSRLayer):
         ):  # fmt: skip
             setattr(self, name, getattr(conv, name))
         left, right, top, bottom = conv._reversed_padding_repeated_twice
-        self._pads = (top, bottom, left, right)
+        pads = [top, bottom, left, right]
+        # What F.pad does in front of the op, for a padding_mode that is not zeros.
+        self._padded_first = None
+        if self.padding_mode != "zeros" and any(pads):
+            self._padded_first = left, right, top, bottom
+            pads = [0, 0, 0, 0]
+        self._geometry = conv_geometry(conv.kernel_size, conv.stride, pads, conv.dilation)
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, *, activation: str = "none") -> CSRConv2d:
@@ -185,15 +193,11 @@ class CSRConv2d(_CSRLayer):
         if x.dim() == 3:
             r = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), r).squeeze(0)
-        pads = self._pads
-        if self.padding_mode != "zeros" and any(pads):
-            top, bottom, left, right = pads
-            x = F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
-            pads = (0, 0, 0, 0)
-        return csr_conv2d(
-            x, self.weight, self.bias, stride=self.stride, padding=pads, dilation=self.dilation,
-            groups=self.groups, activation=self.activation, residual=residual,
-        )  # fmt: skip
+        if self._padded_first is not None:
+            x = F.pad(x, self._padded_first, mode=self.padding_mode)
+        return run_csr_conv2d(
+            x, self.weight, self.bias, residual, self._geometry, self.groups, self.activation
+        )
 
     def extra_repr(self) -> str:
         """Arguments of the convolution, then density and activation."""

@@ -42,44 +42,115 @@
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
-// How many filters ahead the weights are prefetched; measured on Zen 4.
+// How many filters ahead unstreamed weights are prefetched; measured on Zen 4.
 constexpr int64_t kPrefetchFilters = 3;
 static_assert(kPrefetchFilters <= cpu::kBoundsPad, "the bounds are padded for the look-ahead");
 
-// What the row loop needs, gathered so that its signature stays short.
-template <class V, class S>
-struct RowArgs {
-  const typename V::T* panel;
-  ptrdiff_t row_pitch;        // elements between packed rows
-  const int32_t* tap_offset;  // indexed by the column in W's lowered matrix
-  const S* values;
-  const int32_t* col_idx;
-  const S* bias;  // of the chunk's first filter; null: start from zero
-  bool first_panel;
-  int64_t filters;
-  const int32_t* begin;    // (filters): first entry of each filter in this panel
-  const int32_t* end;      // (filters): one past the last
-  typename V::T* partial;  // (filters of the chunk, NY, NX, L)
+// The nonzeros of one panel in the order of the kernel, filter after filter.
+template <class T>
+struct Streamed {
+  const cpu::CsrEntry<T>* entry;
+  const int32_t* counts;  // of each filter
+
+  // Calls use(value, tap vectors) for every nonzero of the next filter.
+  template <class Use>
+  SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
+    for (const cpu::CsrEntry<T>* const end = entry + counts[f]; entry < end; ++entry) {
+      use(entry->value,
+          reinterpret_cast<const T*>(reinterpret_cast<const char*>(panel) + entry->offset));
+    }
+  }
 };
 
-// All filters of the chunk over one panel, for one block of output positions.
-template <class V, class S, int NY, int NX>
-void csr_rows(const RowArgs<V, S>& args) {
-  using reg = typename V::reg;
-  using T = typename V::T;
-  const RowArgs<V, S> a = args;
-  T* partial = a.partial;
-  for (int64_t f = 0; f < a.filters; ++f, partial += NY * NX * V::L) {
+// The same from plain CSR.
+template <class T, class S>
+struct Stored {
+  const S* values;
+  const int32_t* col_idx;
+  const int32_t* tap_offset;  // by column, in elements
+  const int32_t* begin;       // (filters): first entry of each filter in this panel
+  const int32_t* end;         // (filters): one past the last
+
+  template <class Use>
+  SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
     // A filter touches a few lines of weights at an address no hardware prefetcher guesses. `begin`
     // is followed by kBoundsPad entries, so that looking ahead needs no test.
     const int64_t ahead = f + kPrefetchFilters;
-    for (int32_t i = a.begin[ahead]; i < a.end[ahead]; i += 16) {
-      __builtin_prefetch(a.values + i);
-      __builtin_prefetch(a.col_idx + i);
+    for (int32_t i = begin[ahead]; i < end[ahead]; i += 16) {
+      __builtin_prefetch(values + i);
+      __builtin_prefetch(col_idx + i);
+    }
+    for (int32_t i = begin[f]; i < end[f]; ++i) {
+      use(static_cast<T>(to_acc(values[i])), panel + tap_offset[col_idx[i]]);
+    }
+  }
+};
+
+// What the row loop needs, gathered so that its signature stays short.
+template <class V>
+struct RowArgs {
+  const typename V::T* panel;
+  ptrdiff_t row_pitch;        // elements between packed rows
+  const typename V::T* bias;  // (filters of the chunk)
+  bool first_panel;           // start from the bias, not from the partial sums
+  int64_t filters;            // of the chunk
+  typename V::T* partial;     // (filters, NY, NX, L)
+  // What the loop brings to L2 meanwhile: the next panel of an image that is read in place.
+  const char* prefetch;
+  int64_t prefetch_pitch;  // bytes between channels
+  int64_t prefetch_channels;
+};
+
+// Where the sums of a filter go: back to the partial sums ...
+template <class V>
+struct ToPartial {
+  template <int NY, int NX>
+  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T* partial, int64_t) {
+#pragma GCC unroll 8
+    for (int y = 0; y < NY; ++y) {
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x) V::store(partial + (y * NX + x) * V::L, acc[y][x]);
+    }
+  }
+};
+
+// ... or, from the last panel of a pointwise NCHW layer, finished to the output.
+template <class V, class S>
+struct ToPixels {
+  const Finish<V, S>& finish;
+  int64_t offset, pitch;  // of the block's first pixel in filter 0; elements between filters
+  int64_t pixels;         // left in the row of pixels
+
+  template <int NY, int NX>
+  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
+    static_assert(NY == 1, "a row of pixels");
+#pragma GCC unroll 16
+    for (int x = 0; x < NX; ++x) {
+      const uint32_t mask = range_mask<V::L>(x * V::L, 0, pixels);
+      if (mask) finish(acc[0][x], offset + f * pitch + x * V::L, mask);
+    }
+  }
+};
+
+// All filters of the chunk over one panel, for one block of output positions.
+template <class V, class Weights, class Sink, int NY, int NX>
+void csr_rows(const RowArgs<V>& args, Weights weights, Sink sink) {
+  using reg = typename V::reg;
+  using T = typename V::T;
+  const RowArgs<V> a = args;
+  T* partial = a.partial;
+  const int64_t prefetches = (a.prefetch_channels + a.filters - 1) / a.filters;
+  int64_t prefetched = 0;
+  for (int64_t f = 0; f < a.filters; ++f, partial += NY * NX * V::L) {
+    for (int64_t i = 0; i < prefetches && prefetched < a.prefetch_channels; ++i, ++prefetched) {
+#pragma GCC unroll 16
+      for (int x = 0; x < NX; ++x) {
+        __builtin_prefetch(a.prefetch + prefetched * a.prefetch_pitch + x * V::L * sizeof(T), 0, 2);
+      }
     }
     reg acc[NY][NX];
     if (a.first_panel) {
-      const reg b = a.bias ? V::set1(to_acc(a.bias[f])) : V::zero();
+      const reg b = V::set1(a.bias[f]);
 #pragma GCC unroll 8
       for (int y = 0; y < NY; ++y) {
 #pragma GCC unroll 16
@@ -92,61 +163,68 @@ void csr_rows(const RowArgs<V, S>& args) {
         for (int x = 0; x < NX; ++x) acc[y][x] = V::load(partial + (y * NX + x) * V::L);
       }
     }
-    const int32_t end = a.end[f];
-    for (int32_t i = a.begin[f]; i < end; ++i) {
-      const T* p = a.panel + a.tap_offset[a.col_idx[i]];
-      const reg w = V::set1(to_acc(a.values[i]));
+    weights.filter(f, a.panel, [&](T value, const T* tap) __attribute__((always_inline)) {
+      const reg w = V::set1(value);
 #pragma GCC unroll 8
       for (int y = 0; y < NY; ++y) {
 #pragma GCC unroll 16
         for (int x = 0; x < NX; ++x) {
-          acc[y][x] = V::fmadd(w, V::load(p + y * a.row_pitch + x * V::L), acc[y][x]);
+          acc[y][x] = V::fmadd(w, V::load(tap + y * a.row_pitch + x * V::L), acc[y][x]);
         }
       }
-    }
-#pragma GCC unroll 8
-    for (int y = 0; y < NY; ++y) {
-#pragma GCC unroll 16
-      for (int x = 0; x < NX; ++x) V::store(partial + (y * NX + x) * V::L, acc[y][x]);
-    }
+    });
+    sink.template store<NY, NX>(acc, partial, f);
   }
 }
 
-template <class V, class S>
-using RowKernel = void (*)(const RowArgs<V, S>&);
+template <class V, class Weights, class Sink>
+using RowKernel = void (*)(const RowArgs<V>&, Weights, Sink);
 
-template <class V, class S, int MaxVectors, int NY, int NX>
-constexpr RowKernel<V, S> row_kernel() {
+template <class V, class Weights, class Sink, int MaxVectors, int NY, int NX>
+constexpr RowKernel<V, Weights, Sink> row_kernel() {
   if constexpr (cpu::csr_block_is_legal(NY, NX, MaxVectors)) {
-    return &csr_rows<V, S, NY, NX>;
+    return &csr_rows<V, Weights, Sink, NY, NX>;
   } else {
     return nullptr;
   }
 }
 
-template <class V, class S, int MaxVectors>
-RowKernel<V, S> find_row_kernel(int32_t ny, int32_t nx) {
-#define SPARSECNN_ROW(NY)                                                                        \
-  {                                                                                              \
-    nullptr, row_kernel<V, S, MaxVectors, NY, 1>(), row_kernel<V, S, MaxVectors, NY, 2>(),       \
-        row_kernel<V, S, MaxVectors, NY, 3>(), row_kernel<V, S, MaxVectors, NY, 4>(),            \
-        row_kernel<V, S, MaxVectors, NY, 5>(), row_kernel<V, S, MaxVectors, NY, 6>(),            \
-        row_kernel<V, S, MaxVectors, NY, 7>(), row_kernel<V, S, MaxVectors, NY, 8>(), nullptr,   \
-        row_kernel<V, S, MaxVectors, NY, 10>(), nullptr, row_kernel<V, S, MaxVectors, NY, 12>(), \
-        nullptr, row_kernel<V, S, MaxVectors, NY, 14>()                                          \
+#define SPARSECNN_CELL(NY, NX) row_kernel<V, Weights, Sink, MaxVectors, NY, NX>()
+#define SPARSECNN_ROW(NY)                                                                       \
+  {                                                                                             \
+    nullptr, SPARSECNN_CELL(NY, 1), SPARSECNN_CELL(NY, 2), SPARSECNN_CELL(NY, 3),               \
+        SPARSECNN_CELL(NY, 4), SPARSECNN_CELL(NY, 5), SPARSECNN_CELL(NY, 6),                    \
+        SPARSECNN_CELL(NY, 7), SPARSECNN_CELL(NY, 8), nullptr, SPARSECNN_CELL(NY, 10), nullptr, \
+        SPARSECNN_CELL(NY, 12), nullptr, SPARSECNN_CELL(NY, 14)                                 \
   }
-  static constexpr RowKernel<V, S> table[cpu::kMaxNy + 1][cpu::kMaxNx + 1] = {
+
+template <class V, class Weights, int MaxVectors>
+RowKernel<V, Weights, ToPartial<V>> find_row_kernel(int32_t ny, int32_t nx) {
+  using Sink = ToPartial<V>;
+  static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNy + 1][cpu::kMaxNx + 1] = {
       {}, SPARSECNN_ROW(1), SPARSECNN_ROW(2), SPARSECNN_ROW(3), SPARSECNN_ROW(4), {},
       {}, SPARSECNN_ROW(7)};
-#undef SPARSECNN_ROW
   return table[ny][nx];
 }
+
+template <class V, class Weights, class S, int MaxVectors>
+RowKernel<V, Weights, ToPixels<V, S>> find_pixel_kernel(int32_t nx) {
+  using Sink = ToPixels<V, S>;
+  static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNx + 1] = SPARSECNN_ROW(1);
+  return table[nx];
+}
+
+#undef SPARSECNN_ROW
+#undef SPARSECNN_CELL
 
 template <class V, class S>
 class CsrConv2d : private CsrTiles<V, S> {
   using Base = CsrTiles<V, S>;
   using T = typename V::T;
+  using Base::finish_;
+  using Base::in_place;
   using Base::L;
+  using Base::lane_;
   using Base::pack;
   using Base::panel_;
   using Base::params_;
@@ -158,17 +236,48 @@ class CsrConv2d : private CsrTiles<V, S> {
   using Base::y0_;
 
   T* const partial_;
-  int32_t* const bounds_;  // (panels + 1, filters)
+  T* const bias_;          // of the chunk, zeros where there is none
+  int32_t* const bounds_;  // (panels + 1, filters), for weights that are not streamed
 
  public:
   CsrConv2d(const CsrConv2dParams& params, const CsrPlan& plan, char* scratch)
       : Base(params, plan, scratch),
         partial_(reinterpret_cast<T*>(scratch + plan.partial_offset)),
+        bias_(reinterpret_cast<T*>(scratch + plan.bias_offset)),
         bounds_(reinterpret_cast<int32_t*>(scratch + plan.bounds_offset)) {}
 
   // False, with part of the output unwritten, when col_idx is not ascending within its range.
-  bool run(int64_t begin, int64_t end, RowKernel<V, S> rows) {
-    int64_t bounded = -1;  // the chunk whose bounds are known
+  template <int MaxVectors>
+  bool run(int64_t begin, int64_t end) {
+    if (plan_.streamed) {
+      const auto* const entries = static_cast<const cpu::CsrEntry<T>*>(plan_.entries);
+      return run<MaxVectors, Streamed<T>>(
+          begin, end, [](int64_t, int64_t) { return true; },
+          [&](int64_t chunk, int64_t k0, int64_t panel, int64_t filters) -> Streamed<T> {
+            return {entries + plan_.panel_entries[chunk * plan_.channel_blocks + panel],
+                    plan_.counts + k0 * plan_.channel_blocks + panel * filters};
+          });
+    }
+    return run<MaxVectors, Stored<T, S>>(
+        begin, end, [&](int64_t k0, int64_t filters) { return find_bounds(k0, filters); },
+        [&](int64_t, int64_t, int64_t panel, int64_t filters) -> Stored<T, S> {
+          const int32_t* const first = bounds_ + panel * filters;
+          return {static_cast<const S*>(params_.values), params_.col_idx,
+                  plan_.tap_offset - panel * plan_.channel_block * s_.r * s_.s, first,
+                  first + filters};
+        });
+  }
+
+ private:
+  // new_chunk(k0, filters) -> bool is told when the chunk changes; weights(chunk, k0, panel,
+  // filters) are its nonzeros in a panel.
+  template <int MaxVectors, class Weights, class NewChunk, class GetWeights>
+  bool run(int64_t begin, int64_t end, NewChunk&& new_chunk, GetWeights&& weights) {
+    const auto rows = find_row_kernel<V, Weights, MaxVectors>(plan_.ny, plan_.nx);
+    const bool to_pixels = plan_.interleaved && params_.layout == Layout::kNCHW;
+    const auto pixel_rows =
+        to_pixels ? find_pixel_kernel<V, Weights, S, MaxVectors>(plan_.nx) : nullptr;
+    int64_t current = -1;  // chunk whose bias is loaded
     int64_t packed = -1;   // the (block, group) whose only panel is packed, when there is one panel
     for (int64_t item = begin; item < end; ++item) {
       int64_t rest = item;
@@ -186,36 +295,46 @@ class CsrConv2d : private CsrTiles<V, S> {
       const int64_t k0 = plan_.chunk_begin[chunk_index];
       const int64_t filters = plan_.chunk_begin[chunk_index + 1] - k0;
       if (filters == 0) continue;
-      if (bounded != chunk_index && !find_bounds(k0, filters)) return false;
-      bounded = chunk_index;
+      if (current != chunk_index) {
+        if (!new_chunk(k0, filters)) return false;
+        const S* const bias = static_cast<const S*>(params_.bias);
+        for (int64_t f = 0; f < filters; ++f) bias_[f] = bias ? T(to_acc(bias[k0 + f])) : T(0);
+        current = chunk_index;
+      }
       const int64_t cg = s_.channels_per_group();
       const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
+      RowArgs<V> args{};
+      args.row_pitch = static_cast<ptrdiff_t>(plan_.cols) * L;
+      args.bias = bias_;
+      args.filters = filters;
       for (int64_t b = 0; b < plan_.channel_blocks; ++b) {
         const int64_t c0 = b * plan_.channel_block;
         const int64_t c1 = c0 + plan_.channel_block < cg ? c0 + plan_.channel_block : cg;
-        if (plan_.channel_blocks > 1 || packed != block_and_group) {
+        const T* panel = panel_;
+        if (plan_.in_place) {
+          panel = in_place(group * cg + c0, x0);
+          prefetch_next(args, b, group * cg, x0);
+        } else if (plan_.channel_blocks > 1 || packed != block_and_group) {
           pack(group * cg + c0, c1 - c0);
           packed = block_and_group;
         }
-        RowArgs<V, S> args;
-        args.row_pitch = static_cast<ptrdiff_t>(plan_.cols) * L;
-        args.tap_offset = plan_.tap_offset - c0 * s_.r * s_.s;
-        args.values = static_cast<const S*>(params_.values);
-        args.col_idx = params_.col_idx;
-        args.bias = params_.bias ? static_cast<const S*>(params_.bias) + k0 : nullptr;
         args.first_panel = b == 0;
-        args.filters = filters;
-        args.begin = bounds_ + b * filters;
-        args.end = args.begin + filters;
         for (int64_t i = 0; i < plan_.super_y * plan_.super_x; ++i) {
           const int64_t y = i / plan_.super_x * plan_.ny, x = i % plan_.super_x * plan_.nx;
           if (y0 + y >= plan_.tile_h || x0 + x >= plan_.tile_w) continue;
-          args.panel = panel_ + (y * plan_.cols + x) * L;
+          args.panel = panel + (y * plan_.cols + x) * L;
           args.partial = partial_ + i * filters * filter;
-          rows(args);
+          const Weights nonzeros = weights(chunk_index, k0, b, filters);
+          if (to_pixels && b == plan_.channel_blocks - 1) {
+            const int64_t p0 = (x0 + x) * L;
+            const int64_t row = lane_[0].image * s_.k + k0;
+            pixel_rows(args, nonzeros, {finish_, row * s_.q + p0, s_.q, s_.q - p0});
+          } else {
+            rows(args, nonzeros, {});
+          }
         }
       }
-      for (int64_t i = 0; i < plan_.super_y * plan_.super_x; ++i) {
+      for (int64_t i = 0; !to_pixels && i < plan_.super_y * plan_.super_x; ++i) {
         y0_ = y0 + i / plan_.super_x * plan_.ny;
         x0_ = x0 + i % plan_.super_x * plan_.nx;
         if (y0_ >= plan_.tile_h || x0_ >= plan_.tile_w) continue;
@@ -229,7 +348,17 @@ class CsrConv2d : private CsrTiles<V, S> {
     return true;
   }
 
- private:
+  // The next panel of this block, or the first of the next block, to be prefetched.
+  void prefetch_next(RowArgs<V>& args, int64_t b, int64_t first_channel, int64_t x0) const {
+    const bool last = b + 1 == plan_.channel_blocks;
+    const int64_t c0 = last ? 0 : (b + 1) * plan_.channel_block;
+    const int64_t left = s_.channels_per_group() - c0;
+    args.prefetch = reinterpret_cast<const char*>(
+        in_place(first_channel + c0, last ? x0 + plan_.nx : x0));
+    args.prefetch_pitch = s_.w * static_cast<int64_t>(sizeof(T));
+    args.prefetch_channels = left < plan_.channel_block ? left : plan_.channel_block;
+  }
+
   // Where each filter's nonzeros lie in each panel: row b of bounds_ holds the first entry of every
   // filter at or beyond panel b, so that rows b and b + 1 enclose what panel b multiplies.
   //
@@ -276,7 +405,7 @@ template <class V, class S, int MaxVectors>
 bool csr_conv2d_typed(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begin,
                       int64_t end, void* scratch) {
   return CsrConv2d<V, S>(params, plan, static_cast<char*>(scratch))
-      .run(begin, end, find_row_kernel<V, S, MaxVectors>(plan.ny, plan.nx));
+      .template run<MaxVectors>(begin, end);
 }
 
 }  // namespace SPARSECNN_ISA

@@ -18,8 +18,8 @@ namespace SPARSECNN_ISA {
 
 using cpu::CsrPlan;
 
-// Distances of the software prefetches, in channels and filters; measured on Zen 4.
-constexpr int64_t kPrefetchIn = 4, kPrefetchOut = 2;
+// Distances of the software prefetches, in channels, filters and vectors; measured on Zen 4.
+constexpr int64_t kPrefetchIn = 4, kPrefetchOut = 2, kPrefetchPixels = 64;
 
 // Bits [lo, hi) of a mask over positions [first, first + L).
 template <int L>
@@ -53,6 +53,19 @@ SPARSECNN_INLINE typename V::reg activate(typename V::reg v, Activation activati
   return v;
 }
 
+// Residual, activation and store of one vector of neighbouring output elements.
+template <class V, class S>
+struct Finish {
+  S* y;
+  const S* residual;  // like y, or null
+  Activation activation;
+
+  SPARSECNN_INLINE void operator()(typename V::reg v, int64_t offset, uint32_t mask) const {
+    if (residual) v = V::add(v, V::load_mask(residual + offset, mask));
+    V::store_mask(y + offset, activate<V>(v, activation), mask);
+  }
+};
+
 template <class V, class S>
 class CsrTiles {
  protected:
@@ -71,6 +84,7 @@ class CsrTiles {
   const CsrPlan& plan_;
   const ConvShape& s_;
   T* const panel_;
+  const Finish<V, S> finish_;
   Lane lane_[L];
   int64_t y0_ = 0, x0_ = 0;  // first output position of the block inside a tile
 
@@ -78,7 +92,9 @@ class CsrTiles {
       : params_(params),
         plan_(plan),
         s_(plan.shape),
-        panel_(reinterpret_cast<T*>(scratch + plan.panel_offset)) {}
+        panel_(reinterpret_cast<T*>(scratch + plan.panel_offset)),
+        finish_{static_cast<S*>(params.y), static_cast<const S*>(params.residual),
+                params.activation} {}
 
   // Output column of a lane's position x, and the step between positions.
   int64_t out_col(const Lane& l, int64_t x) const {
@@ -139,7 +155,7 @@ class CsrTiles {
         }
         T* out = panel_ + i * plan_.cols * L;
         const S* in = x + row * s_.w;
-        for (int64_t c = 0; c < channels; ++c, out += plan_.rows * plan_.cols * L, in += plane) {
+        for (int64_t c = 0; c < channels; ++c, out += plan_.channel_pitch * L, in += plane) {
           reg r[L];
           if (any) {
 #pragma GCC unroll 16
@@ -170,13 +186,19 @@ class CsrTiles {
     const S* in = static_cast<const S*>(params_.x) + (lane_[0].image * s_.c + c0) * s_.w;
     T* out = panel_;
     const int64_t p0 = x0_ * L;
-    for (int64_t c = 0; c < channels; ++c, in += s_.w) {
-      for (int64_t j = 0; j < plan_.cols; ++j, out += L) {
+    const int64_t ahead = (kPrefetchPixels / plan_.cols + 1) * s_.w;
+    for (int64_t c = 0; c < channels; ++c, in += s_.w, out += plan_.channel_pitch * L) {
+      for (int64_t j = 0; j < plan_.cols; ++j) {
         const int64_t p = p0 + j * L;
-        __builtin_prefetch(in + p + kPrefetchIn * s_.w);
-        V::store(out, V::load_mask(in + p, range_mask<L>(p, 0, s_.w)));
+        __builtin_prefetch(in + p + ahead);
+        V::store(out + j * L, V::load_mask(in + p, range_mask<L>(p, 0, s_.w)));
       }
     }
+  }
+
+  // NCHW, lanes = neighbouring pixels, whole vectors and S = T: the image itself is the panel.
+  const T* in_place(int64_t c0, int64_t vector) const {
+    return static_cast<const T*>(params_.x) + (lane_[0].image * s_.c + c0) * s_.w + vector * L;
   }
 
   // NHWC: L lanes, L channels each, transposed to channels of L lanes.
@@ -196,7 +218,7 @@ class CsrTiles {
           offset[l] = ((lane.image * s_.h + h) * s_.w + w) * s_.c + c0;
         }
         T* out = panel_ + (i * plan_.cols + j) * L;
-        const ptrdiff_t channel = static_cast<ptrdiff_t>(plan_.rows) * plan_.cols * L;
+        const ptrdiff_t channel = static_cast<ptrdiff_t>(plan_.channel_pitch) * L;
         for (int64_t c = 0; c < channels; c += L) {
           const uint32_t mask = range_mask<L>(c, 0, channels);
           reg r[L];
@@ -214,26 +236,16 @@ class CsrTiles {
   }
 
   // `filters` (at most L) sums of one block, (filters, ny, nx, L), to filters k0 and following.
+  // Pointwise NCHW layers store from the row loop instead.
   void unpack(const T* sums, int64_t k0, int64_t filters) {
     if (params_.layout == Layout::kNHWC) {
       unpack_nhwc(sums, k0, filters);
-    } else if (plan_.interleaved) {
-      unpack_pixels(sums, k0, filters);
     } else {
       unpack_nchw(sums, k0, filters);
     }
   }
 
  private:
-  // Residual, activation and store of one vector of neighbouring output elements.
-  SPARSECNN_INLINE void finish(reg v, int64_t offset, uint32_t mask) const {
-    if (params_.residual) {
-      v = V::add(v, V::load_mask(static_cast<const S*>(params_.residual) + offset, mask));
-    }
-    v = activate<V>(v, params_.activation);
-    V::store_mask(static_cast<S*>(params_.y) + offset, v, mask);
-  }
-
   void unpack_nchw(const T* sums, int64_t k0, int64_t filters) {
     for (int64_t xb = 0; xb < plan_.nx; xb += L) {
       const int64_t width = plan_.nx - xb < L ? plan_.nx - xb : L;
@@ -262,21 +274,9 @@ class CsrTiles {
           V::transpose(r);
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) {
-            if (mask[l]) finish(r[l], offset[l] + f * s_.p * s_.q, mask[l]);
+            if (mask[l]) finish_(r[l], offset[l] + f * s_.p * s_.q, mask[l]);
           }
         }
-      }
-    }
-  }
-
-  void unpack_pixels(const T* sums, int64_t k0, int64_t filters) {
-    const int64_t p0 = x0_ * L;
-    int64_t offset = (lane_[0].image * s_.k + k0) * s_.q + p0;
-    for (int64_t f = 0; f < filters; ++f, offset += s_.q) {
-      for (int64_t x = 0; x < plan_.nx; ++x, sums += L) {
-        __builtin_prefetch(static_cast<S*>(params_.y) + offset + x * L + kPrefetchOut * s_.q, 1);
-        const uint32_t mask = range_mask<L>(p0 + x * L, 0, s_.q);
-        if (mask) finish(V::load(sums), offset + x * L, mask);
       }
     }
   }
@@ -296,7 +296,7 @@ class CsrTiles {
           const Lane& lane = lane_[l];
           const int64_t p = out_row(lane, y), q = out_col(lane, x);
           if (lane.active && p < s_.p && q < s_.q) {
-            finish(r[l], ((lane.image * s_.p + p) * s_.q + q) * s_.k + k0, mask);
+            finish_(r[l], ((lane.image * s_.p + p) * s_.q + q) * s_.k + k0, mask);
           }
         }
       }

@@ -4,6 +4,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/csr_conv2d-inl.h"
 #include "cpu/kernels/csr_conv2d_grad_values-inl.h"
+#include "cpu/kernels/hash-inl.h"
 
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
@@ -54,6 +55,7 @@ const KernelTable SPARSECNN_TABLE = {
     {SPARSECNN_ISA::VecDouble::L, SPARSECNN_ISA::kDoubleVectors, SPARSECNN_ISA::kPanelBytes},
     &SPARSECNN_ISA::csr_conv2d,
     &SPARSECNN_ISA::csr_conv2d_grad_values,
+    &SPARSECNN_ISA::content_hash,
 };
 
 }  // namespace cpu
