@@ -16,14 +16,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# As a script this file sees its own folder only; the suites are in the packages beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import sparsecnn
+
+# As a script this file sees its own folder only; the suites are in the packages beside it. After
+# the package itself, so that an installed one is not hidden by the sources.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bench import models, suite_csr
 from bench.cases import DENSITIES, LAYERS
 from bench.timing import MIN_RUNS, fma_roof_gflops

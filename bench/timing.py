@@ -1,8 +1,10 @@
 """How benchmarks time: the project's interleaved timer, warm or cold, and the roof of the machine.
 
 A contestant is a factory: called once it makes its own buffers and returns the function to time.
-Warm means one set of buffers; cold means as many sets as overflow the last-level cache twice, used
-in turn, so that every run finds its input and weights in memory.
+Warm means one set of buffers, and an untimed run in front of every timed one, so that a run finds
+the caches as the contestant itself left them and not as its rival did. Cold means as many sets as
+overflow the last-level cache twice, used in turn, so that every run finds its input and weights in
+memory.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sparsecnn.measure.latency import LatencyStats, time_interleaved
 
 Run = Callable[[], object]
 MIN_RUNS = 20
+SETTLE = 1  # untimed runs in front of each timed one of a warm measurement
 _MAX_SETS = 64  # a cold set per run is plenty beyond this
 _DEFAULT_CACHE_BYTES = 64 << 20
 
@@ -97,6 +100,7 @@ def measure(
         runs=runs,
         min_time_s=min_time_s,
         max_time_s=max_time_s,
+        settle=SETTLE if sets == 1 else 0,
         device=device,
     )
 

@@ -30,20 +30,24 @@ constexpr double kStoredCycles = 5.0;          // added per nonzero of a weight 
 constexpr double kListCycles = 20.0;           // and per visit, to find its bounds
 // The two sides of a panel.
 constexpr double kTransposeCycles = 8.0;       // per vector packed through an L x L transpose
-constexpr double kScatterCycles = 10.0;        // per vector unpacked through a transpose
+constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
 constexpr double kCopyCycles = 3.5;            // per vector packed or unpacked as it is
 constexpr double kRowCycles = 4.0;             // per row of a copy: a new page and stream
 constexpr double kTouchCycles = 1.0;           // per packed vector and block, from L2 to L1
 constexpr double kPanelLimit = 384 << 10;      // bytes of a panel
 constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel and partial sums
-// Up to so many vectors of output, a weight is read as it is stored.
-constexpr int64_t kStoredVectors = 2;
 // Scratch may take what is left of 1.2 times input and output after the output itself.
 constexpr double kScratchShare = 1.2;
 constexpr int64_t kCacheLine = 64, kL1Sets = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Vectors that go through transposes for rows of n pixels: the last may be half as many.
+int64_t transposed(int64_t n, int64_t lanes) {
+  const int64_t rest = n % lanes;
+  return n - rest + (rest == 0 ? 0 : rest <= lanes / 2 ? lanes / 2 : lanes);
+}
 
 ConvShape collapse_pointwise(const ConvShape& s, Layout layout, bool* pointwise) {
   *pointwise = s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 &&
@@ -95,7 +99,7 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
   } else if (plan.interleaved) {
     pack = vecs * kCopyCycles + kRowCycles;
   } else {
-    pack = static_cast<double>(plan.rows * ceil_div(plan.span, lanes) * lanes) * kTransposeCycles;
+    pack = static_cast<double>(plan.rows * transposed(plan.span, lanes)) * kTransposeCycles;
   }
   double unpack;  // cycles per filter and block
   if (params.layout == Layout::kNHWC) {
@@ -103,7 +107,7 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
   } else if (plan.interleaved) {
     unpack = static_cast<double>(vectors);  // stored from the row loop
   } else {
-    unpack = static_cast<double>(plan.ny * ceil_div(plan.nx, lanes) * lanes) * kScatterCycles;
+    unpack = static_cast<double>(plan.ny * transposed(plan.nx, lanes)) * kScatterCycles;
   }
 
   double best = -1;
@@ -147,11 +151,13 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
     const double visits = static_cast<double>(kg * panels);
     const double partial =
         kPartialCycles + kWideCycles * static_cast<double>(std::max<int64_t>(0, vectors - 14));
+    // NCHW layers store the last panel's sums from the row loop.
+    const double summed = params.layout == Layout::kNHWC ? visits : visits - static_cast<double>(kg);
     const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
         (plan.streamed ? 0 : static_cast<double>(s.groups) * visits * kListCycles) +
-        blocks * (visits * (kVisitCycles + static_cast<double>(vectors) * partial) +
+        blocks * (visits * kVisitCycles + summed * static_cast<double>(vectors) * partial +
                   nnz_g * entry + touch * static_cast<double>(chunks) +
                   static_cast<double>(kg) * unpack);
     const double total = cycles * imbalance(chunks);
@@ -209,7 +215,8 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     for (int32_t ny = 1; ny <= kMaxNy; ++ny) {
       if (ny > 1 && ny > tile_h) break;
       for (int32_t nx = 1; nx <= kMaxNx; ++nx) {
-        if (!csr_block_is_legal(ny, nx, machine.max_vectors)) continue;
+        const int32_t most = plan.streamed ? machine.max_vectors : kStoredVectors;
+        if (!csr_block_is_legal(ny, nx, most)) continue;
         if (nx > 1 && nx > round_up(tile_w, 2)) continue;
         for (const int32_t super : {1, 2, 3, 4, 7, 8}) {
           plan.ny = ny;

@@ -65,6 +65,9 @@ struct CsrEntry {
 // Hash of `bytes` bytes; each 8-byte word enters by an invertible step.
 using HashFunction = uint64_t (*)(const void* data, int64_t bytes, uint64_t seed);
 
+// A weight is read as it is stored where the output has no more than so many vectors.
+inline constexpr int32_t kStoredVectors = 2;
+
 // Registers a block may use and its legal shapes depend on the instruction set.
 struct CsrMachine {
   int32_t lanes;

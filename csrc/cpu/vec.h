@@ -9,7 +9,9 @@
 // A vector type V has: V::T (accumulation type), V::L (lanes), V::reg, and
 //   zero, set1, load, store (aligned, panel memory), fmadd, add, mul, div, max, min, exp,
 //   load_mask<S> / store_mask<S> (storage type S in memory, only lanes whose mask bit is set are
-//   touched), transpose(reg (&)[L]).
+//   touched), transpose(reg (&)[L]); and the same for narrow rows, two to a register:
+//   load_pair<S> / store_pair<S> (the lower L/2 lanes at one address, the upper at another, masks of
+//   L/2 bits) and transpose_pairs(reg (&)[L/2]), which transposes both L/2 x L/2 halves.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -142,12 +144,38 @@ struct VecPortable {
       if (mask >> i & 1u) p[i] = Convert<S>::from(v[i]);
     }
   }
-  static SPARSECNN_INLINE void transpose(reg (&r)[L]) {
-    for (int i = 0; i < L; ++i) {
-      for (int j = i + 1; j < L; ++j) {
-        const T t = r[i][j];
-        r[i][j] = r[j][i];
-        r[j][i] = t;
+  template <class S>
+  static SPARSECNN_INLINE reg load_pair(const S* lo, uint32_t mask_lo, const S* hi,
+                                        uint32_t mask_hi) {
+    reg r = zero();
+    for (int i = 0; i < L / 2; ++i) {
+      if (mask_lo >> i & 1u) r[i] = to_acc(lo[i]);
+      if (mask_hi >> i & 1u) r[L / 2 + i] = to_acc(hi[i]);
+    }
+    return r;
+  }
+  template <class S>
+  static SPARSECNN_INLINE void store_pair(S* lo, uint32_t mask_lo, S* hi, uint32_t mask_hi, reg v) {
+    for (int i = 0; i < L / 2; ++i) {
+      if (mask_lo >> i & 1u) lo[i] = Convert<S>::from(v[i]);
+      if (mask_hi >> i & 1u) hi[i] = Convert<S>::from(v[L / 2 + i]);
+    }
+  }
+  static SPARSECNN_INLINE void transpose(reg (&r)[L]) { transpose_square<L>(r, 0); }
+  static SPARSECNN_INLINE void transpose_pairs(reg (&r)[L / 2]) {
+    transpose_square<L / 2>(r, 0);
+    transpose_square<L / 2>(r, L / 2);
+  }
+
+ private:
+  // Lanes [lane, lane + N) of N registers.
+  template <int N>
+  static SPARSECNN_INLINE void transpose_square(reg (&r)[N], int lane) {
+    for (int i = 0; i < N; ++i) {
+      for (int j = i + 1; j < N; ++j) {
+        const T t = r[i][lane + j];
+        r[i][lane + j] = r[j][lane + i];
+        r[j][lane + i] = t;
       }
     }
   }
@@ -183,27 +211,67 @@ struct VecFloat {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
   }
   static SPARSECNN_INLINE void store_mask(bf16* p, reg v, uint32_t mask) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), round_bf16(v));
+  }
+  static SPARSECNN_INLINE __m256i round_bf16(reg v) {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask),
-                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  }
+  static SPARSECNN_INLINE reg load_pair(const float* lo, uint32_t mask_lo, const float* hi,
+                                        uint32_t mask_hi) {
+    const __m256 a = _mm256_maskz_loadu_ps(static_cast<__mmask8>(mask_lo), lo);
+    const __m256 b = _mm256_maskz_loadu_ps(static_cast<__mmask8>(mask_hi), hi);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
+  }
+  static SPARSECNN_INLINE reg load_pair(const bf16* lo, uint32_t mask_lo, const bf16* hi,
+                                        uint32_t mask_hi) {
+    const __m128i a = _mm_maskz_loadu_epi16(static_cast<__mmask8>(mask_lo), lo);
+    const __m128i b = _mm_maskz_loadu_epi16(static_cast<__mmask8>(mask_hi), hi);
+    const __m256i h = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static SPARSECNN_INLINE void store_pair(float* lo, uint32_t mask_lo, float* hi, uint32_t mask_hi,
+                                          reg v) {
+    _mm256_mask_storeu_ps(lo, static_cast<__mmask8>(mask_lo), _mm512_castps512_ps256(v));
+    _mm256_mask_storeu_ps(hi, static_cast<__mmask8>(mask_hi), _mm512_extractf32x8_ps(v, 1));
+  }
+  static SPARSECNN_INLINE void store_pair(bf16* lo, uint32_t mask_lo, bf16* hi, uint32_t mask_hi,
+                                          reg v) {
+    const __m256i h = round_bf16(v);
+    _mm_mask_storeu_epi16(lo, static_cast<__mmask8>(mask_lo), _mm256_castsi256_si128(h));
+    _mm_mask_storeu_epi16(hi, static_cast<__mmask8>(mask_hi), _mm256_extracti128_si256(h, 1));
+  }
+  // 4x4 blocks inside the 128-bit lanes of four registers, as columns.
+  static SPARSECNN_INLINE void transpose_4x4(const reg* r, reg* t) {
+    const reg a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
+    const reg c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
+    t[0] = _mm512_shuffle_ps(a, c, 0x44);
+    t[1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  static SPARSECNN_INLINE void transpose_pairs(reg (&r)[8]) {
+    reg t[8];
+    transpose_4x4(r, t);
+    transpose_4x4(r + 4, t + 4);
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 4]);
+      r[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b));
+      r[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b));
+    }
   }
   // 16x16: 4x4 blocks inside the 128-bit lanes first, then the lanes themselves.
   static SPARSECNN_INLINE void transpose(reg (&r)[16]) {
     reg t[16];
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-      const reg a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
-      const reg c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]);
-      const reg d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
-      t[i] = _mm512_shuffle_ps(a, c, 0x44);
-      t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
-      t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
-      t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
-    }
+    for (int i = 0; i < 16; i += 4) transpose_4x4(r + i, t + i);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const reg a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
@@ -276,18 +344,61 @@ struct VecFloat {
       if (mask >> i & 1u) p[i] = Convert<bf16>::from(f[i]);
     }
   }
+  static SPARSECNN_INLINE __m128 load_half(const float* p, uint32_t mask) {
+    return mask == 0xfu ? _mm_loadu_ps(p)
+                        : _mm_maskload_ps(p, _mm256_castsi256_si128(lane_mask(mask)));
+  }
+  static SPARSECNN_INLINE __m128 load_half(const bf16* p, uint32_t mask) {
+    alignas(16) float part[4] = {0, 0, 0, 0};
+    for (int i = 0; i < 4; ++i) {
+      if (mask >> i & 1u) part[i] = to_acc(p[i]);
+    }
+    return _mm_load_ps(part);
+  }
+  static SPARSECNN_INLINE void store_half(float* p, __m128 v, uint32_t mask) {
+    if (mask == 0xfu) {
+      _mm_storeu_ps(p, v);
+    } else {
+      _mm_maskstore_ps(p, _mm256_castsi256_si128(lane_mask(mask)), v);
+    }
+  }
+  static SPARSECNN_INLINE void store_half(bf16* p, __m128 v, uint32_t mask) {
+    alignas(16) float f[4];
+    _mm_store_ps(f, v);
+    for (int i = 0; i < 4; ++i) {
+      if (mask >> i & 1u) p[i] = Convert<bf16>::from(f[i]);
+    }
+  }
+  template <class S>
+  static SPARSECNN_INLINE reg load_pair(const S* lo, uint32_t mask_lo, const S* hi,
+                                        uint32_t mask_hi) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(load_half(lo, mask_lo)),
+                                load_half(hi, mask_hi), 1);
+  }
+  template <class S>
+  static SPARSECNN_INLINE void store_pair(S* lo, uint32_t mask_lo, S* hi, uint32_t mask_hi, reg v) {
+    store_half(lo, _mm256_castps256_ps128(v), mask_lo);
+    store_half(hi, _mm256_extractf128_ps(v, 1), mask_hi);
+  }
+  // 4x4 blocks inside the 128-bit lanes of four registers, as columns.
+  static SPARSECNN_INLINE void transpose_4x4(const reg* r, reg* t) {
+    const reg a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+    const reg c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+    t[0] = _mm256_shuffle_ps(a, c, 0x44);
+    t[1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  static SPARSECNN_INLINE void transpose_pairs(reg (&r)[4]) {
+    reg t[4];
+    transpose_4x4(r, t);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) r[i] = t[i];
+  }
   static SPARSECNN_INLINE void transpose(reg (&r)[8]) {
     reg t[8];
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-      const reg a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
-      const reg c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]);
-      const reg d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
-      t[i] = _mm256_shuffle_ps(a, c, 0x44);
-      t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
-      t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-      t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
-    }
+    transpose_4x4(r, t);
+    transpose_4x4(r + 4, t + 4);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);

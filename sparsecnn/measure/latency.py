@@ -84,6 +84,7 @@ def time_interleaved(
     min_time_s: float = 0.0,
     max_time_s: float | None = None,
     rotate: bool = True,
+    settle: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, LatencyStats]:
     """Time functions in turn: A B C, then B C A, then C A B, ...
@@ -101,6 +102,8 @@ def time_interleaved(
             (after one round), all of it ends the timed rounds (after `min(MIN_RUNS, runs)`).
         rotate: start every round one function later. A fixed order would always run B on the
             caches and clock that A left behind.
+        settle: untimed runs of a function in front of each timed one. With 0 a function finds the
+            caches as its rival left them; with 1 or more, as itself did.
         device: where the functions run; `None` means CPU.
 
     Returns:
@@ -110,7 +113,7 @@ def time_interleaved(
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, or the CUDA device does not exist.
     """
-    _check(fns, warmup, runs, min_time_s, max_time_s)
+    _check(fns, warmup, runs, settle, min_time_s, max_time_s)
     place = _device(device)
     names = list(fns)
     times: dict[str, list[int]] = {name: [] for name in names}
@@ -137,6 +140,8 @@ def time_interleaved(
             while True:
                 shift = round_ % len(names) if rotate else 0
                 for name in names[shift:] + names[:shift]:
+                    for _ in range(settle):
+                        fns[name]()
                     elapsed = run_once(fns[name])
                     times[name].append(elapsed)
                     totals_ns[name] += elapsed
@@ -250,6 +255,7 @@ def _check(
     fns: Mapping[str, Callable[[], object]],
     warmup: int,
     runs: int,
+    settle: int,
     min_time_s: float,
     max_time_s: float | None,
 ) -> None:
@@ -263,6 +269,7 @@ def _check(
             raise TypeError(f"{what}: expected fns[{name!r}] to be callable, got {fn!r}")
     check_count(what, "warmup", warmup, 0)
     check_count(what, "runs", runs, 1)
+    check_count(what, "settle", settle, 0)
     check_seconds(what, "min_time_s", min_time_s)
     if max_time_s is None:
         return

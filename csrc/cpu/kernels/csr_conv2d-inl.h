@@ -52,6 +52,11 @@ struct Streamed {
   const cpu::CsrEntry<T>* entry;
   const int32_t* counts;  // of each filter
 
+  template <int MaxVectors>
+  static constexpr int max_vectors() {
+    return MaxVectors;
+  }
+
   // Calls use(value, tap vectors) for every nonzero of the next filter.
   template <class Use>
   SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
@@ -70,6 +75,11 @@ struct Stored {
   const int32_t* tap_offset;  // by column, in elements
   const int32_t* begin;       // (filters): first entry of each filter in this panel
   const int32_t* end;         // (filters): one past the last
+
+  template <int>
+  static constexpr int max_vectors() {
+    return cpu::kStoredVectors;
+  }
 
   template <class Use>
   SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
@@ -114,7 +124,57 @@ struct ToPartial {
   }
 };
 
-// ... or, from the last panel of a pointwise NCHW layer, finished to the output.
+// ... or, from the last panel of an NCHW layer, finished to the output: lanes that are tiles are
+// transposed back to rows of pixels while they are in registers ...
+template <class V, class S>
+struct ToTiles {
+  const Finish<V, S>& finish;
+  const int64_t* offset;  // (NY, L): of a lane's row in filter 0
+  const uint32_t* mask;   // (NY, L): its pixels
+  int64_t plane;          // elements between filters
+
+  template <int NY, int NX>
+  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
+    constexpr int L = V::L, H = L / 2;
+    S* const y0 = finish.y + f * plane;
+#pragma GCC unroll 8
+    for (int y = 0; y < NY; ++y) {
+      const int64_t* const to = offset + y * L;
+      const uint32_t* const m = mask + y * L;
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) __builtin_prefetch(y0 + to[l] + kPrefetchOut * plane, 1);
+      if constexpr (NX <= H) {
+        typename V::reg r[H];
+#pragma GCC unroll 8
+        for (int j = 0; j < H; ++j) r[j] = j < NX ? acc[y][j < NX ? j : 0] : V::zero();
+        V::transpose_pairs(r);
+#pragma GCC unroll 8
+        for (int l = 0; l < H; ++l) {
+          if (m[l] | m[l + H]) {
+            finish.pair(r[l], to[l] + f * plane, m[l], to[l + H] + f * plane, m[l + H]);
+          }
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int x0 = 0; x0 < NX; x0 += L) {
+          typename V::reg r[L];
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j) {
+            r[j] = x0 + j < NX ? acc[y][x0 + j < NX ? x0 + j : 0] : V::zero();
+          }
+          V::transpose(r);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) {
+            const uint32_t now = m[l] >> x0 & ((1u << L) - 1u);
+            if (now) finish(r[l], to[l] + f * plane + x0, now);
+          }
+        }
+      }
+    }
+  }
+};
+
+// ... and lanes that are pixels are stored as they are.
 template <class V, class S>
 struct ToPixels {
   const Finish<V, S>& finish;
@@ -182,7 +242,7 @@ using RowKernel = void (*)(const RowArgs<V>&, Weights, Sink);
 
 template <class V, class Weights, class Sink, int MaxVectors, int NY, int NX>
 constexpr RowKernel<V, Weights, Sink> row_kernel() {
-  if constexpr (cpu::csr_block_is_legal(NY, NX, MaxVectors)) {
+  if constexpr (cpu::csr_block_is_legal(NY, NX, Weights::template max_vectors<MaxVectors>())) {
     return &csr_rows<V, Weights, Sink, NY, NX>;
   } else {
     return nullptr;
@@ -198,18 +258,16 @@ constexpr RowKernel<V, Weights, Sink> row_kernel() {
         SPARSECNN_CELL(NY, 12), nullptr, SPARSECNN_CELL(NY, 14)                                 \
   }
 
-template <class V, class Weights, int MaxVectors>
-RowKernel<V, Weights, ToPartial<V>> find_row_kernel(int32_t ny, int32_t nx) {
-  using Sink = ToPartial<V>;
+template <class V, class Weights, class Sink, int MaxVectors>
+RowKernel<V, Weights, Sink> find_row_kernel(int32_t ny, int32_t nx) {
   static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNy + 1][cpu::kMaxNx + 1] = {
       {}, SPARSECNN_ROW(1), SPARSECNN_ROW(2), SPARSECNN_ROW(3), SPARSECNN_ROW(4), {},
       {}, SPARSECNN_ROW(7)};
   return table[ny][nx];
 }
 
-template <class V, class Weights, class S, int MaxVectors>
-RowKernel<V, Weights, ToPixels<V, S>> find_pixel_kernel(int32_t nx) {
-  using Sink = ToPixels<V, S>;
+template <class V, class Weights, class Sink, int MaxVectors>
+RowKernel<V, Weights, Sink> find_pixel_kernel(int32_t nx) {
   static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNx + 1] = SPARSECNN_ROW(1);
   return table[nx];
 }
@@ -229,6 +287,7 @@ class CsrConv2d : private CsrTiles<V, S> {
   using Base::panel_;
   using Base::params_;
   using Base::place_lanes;
+  using Base::place_rows;
   using Base::plan_;
   using Base::s_;
   using Base::unpack;
@@ -273,10 +332,13 @@ class CsrConv2d : private CsrTiles<V, S> {
   // filters) are its nonzeros in a panel.
   template <int MaxVectors, class Weights, class NewChunk, class GetWeights>
   bool run(int64_t begin, int64_t end, NewChunk&& new_chunk, GetWeights&& weights) {
-    const auto rows = find_row_kernel<V, Weights, MaxVectors>(plan_.ny, plan_.nx);
-    const bool to_pixels = plan_.interleaved && params_.layout == Layout::kNCHW;
-    const auto pixel_rows =
-        to_pixels ? find_pixel_kernel<V, Weights, S, MaxVectors>(plan_.nx) : nullptr;
+    const bool nhwc = params_.layout == Layout::kNHWC;
+    const auto rows = find_row_kernel<V, Weights, ToPartial<V>, MaxVectors>(plan_.ny, plan_.nx);
+    const auto tile_rows =
+        find_row_kernel<V, Weights, ToTiles<V, S>, MaxVectors>(plan_.ny, plan_.nx);
+    const auto pixel_rows = find_pixel_kernel<V, Weights, ToPixels<V, S>, MaxVectors>(plan_.nx);
+    int64_t row_offset[cpu::kMaxNy * L];
+    uint32_t row_mask[cpu::kMaxNy * L];
     int64_t current = -1;  // chunk whose bias is loaded
     int64_t packed = -1;   // the (block, group) whose only panel is packed, when there is one panel
     for (int64_t item = begin; item < end; ++item) {
@@ -325,16 +387,21 @@ class CsrConv2d : private CsrTiles<V, S> {
           args.panel = panel + (y * plan_.cols + x) * L;
           args.partial = partial_ + i * filters * filter;
           const Weights nonzeros = weights(chunk_index, k0, b, filters);
-          if (to_pixels && b == plan_.channel_blocks - 1) {
+          if (nhwc || b < plan_.channel_blocks - 1) {
+            rows(args, nonzeros, {});
+          } else if (plan_.interleaved) {
             const int64_t p0 = (x0 + x) * L;
             const int64_t row = lane_[0].image * s_.k + k0;
             pixel_rows(args, nonzeros, {finish_, row * s_.q + p0, s_.q, s_.q - p0});
           } else {
-            rows(args, nonzeros, {});
+            y0_ = y0 + y;
+            x0_ = x0 + x;
+            place_rows(k0, row_offset, row_mask);
+            tile_rows(args, nonzeros, {finish_, row_offset, row_mask, s_.p * s_.q});
           }
         }
       }
-      for (int64_t i = 0; !to_pixels && i < plan_.super_y * plan_.super_x; ++i) {
+      for (int64_t i = 0; nhwc && i < plan_.super_y * plan_.super_x; ++i) {
         y0_ = y0 + i / plan_.super_x * plan_.ny;
         x0_ = x0 + i % plan_.super_x * plan_.nx;
         if (y0_ >= plan_.tile_h || x0_ >= plan_.tile_w) continue;

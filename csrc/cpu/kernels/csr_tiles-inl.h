@@ -64,6 +64,14 @@ struct Finish {
     if (residual) v = V::add(v, V::load_mask(residual + offset, mask));
     V::store_mask(y + offset, activate<V>(v, activation), mask);
   }
+  // Two rows of at most L/2 elements.
+  SPARSECNN_INLINE void pair(typename V::reg v, int64_t lo, uint32_t mask_lo, int64_t hi,
+                             uint32_t mask_hi) const {
+    if (residual) {
+      v = V::add(v, V::load_pair(residual + lo, mask_lo, residual + hi, mask_hi));
+    }
+    V::store_pair(y + lo, mask_lo, y + hi, mask_hi, activate<V>(v, activation));
+  }
 };
 
 template <class V, class S>
@@ -130,7 +138,9 @@ class CsrTiles {
   void pack_nchw(int64_t c0, int64_t channels) {
     const S* const x = static_cast<const S*>(params_.x);
     const int64_t plane = s_.h * s_.w;
-    for (int64_t j0 = 0; j0 < plan_.span; j0 += L) {
+    bool narrow = false;  // the last columns, if they fill no more than half a register
+    for (int64_t j0 = 0; j0 < plan_.span; j0 += narrow ? L / 2 : L) {
+      narrow = plan_.span - j0 <= L / 2;
       uint32_t mask[L];
       int64_t offset[L];
       for (int l = 0; l < L; ++l) {
@@ -144,6 +154,7 @@ class CsrTiles {
       // With a stride, slots may be out of order between two matching ends.
       bool in_order = columns == L && slot[0] >= 0;
       for (int j = 1; j < L && in_order; ++j) in_order = slot[j] == slot[0] + j;
+      const int64_t channel = plan_.channel_pitch * L;
       for (int64_t i = 0; i < plan_.rows; ++i) {
         const int64_t row = plan_.row_source[i];
         uint32_t row_mask[L];
@@ -155,7 +166,25 @@ class CsrTiles {
         }
         T* out = panel_ + i * plan_.cols * L;
         const S* in = x + row * s_.w;
-        for (int64_t c = 0; c < channels; ++c, out += plan_.channel_pitch * L, in += plane) {
+        if (narrow) {
+          for (int64_t c = 0; c < channels; ++c, out += channel, in += plane) {
+            reg r[L / 2];
+#pragma GCC unroll 8
+            for (int l = 0; l < L / 2; ++l) {
+              __builtin_prefetch(in + offset[l] + kPrefetchIn * plane);
+              __builtin_prefetch(in + offset[l + L / 2] + kPrefetchIn * plane);
+              r[l] = V::load_pair(in + offset[l], row_mask[l], in + offset[l + L / 2],
+                                  row_mask[l + L / 2]);
+            }
+            V::transpose_pairs(r);
+#pragma GCC unroll 8
+            for (int j = 0; j < L / 2; ++j) {
+              if (j < columns && slot[j] >= 0) V::store(out + slot[j] * L, r[j]);
+            }
+          }
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c, out += channel, in += plane) {
           reg r[L];
           if (any) {
 #pragma GCC unroll 16
@@ -192,6 +221,21 @@ class CsrTiles {
         const int64_t p = p0 + j * L;
         __builtin_prefetch(in + p + ahead);
         V::store(out + j * L, V::load_mask(in + p, range_mask<L>(p, 0, s_.w)));
+      }
+    }
+  }
+
+  // Where the rows of a block go: per output row and lane, for filter k0; masks of nx bits.
+  void place_rows(int64_t k0, int64_t* offset, uint32_t* mask) const {
+    for (int64_t y = 0; y < plan_.ny; ++y) {
+      for (int l = 0; l < L; ++l, ++offset, ++mask) {
+        const Lane& lane = lane_[l];
+        const int64_t p = out_row(lane, y), q = out_col(lane, 0);
+        int64_t n = plan_.tile_w - x0_ < plan_.nx ? plan_.tile_w - x0_ : plan_.nx;
+        n = n < s_.q - q ? n : s_.q - q;
+        const bool inside = lane.active && y0_ + y < plan_.tile_h && p < s_.p;
+        *mask = inside && n > 0 ? (1u << n) - 1u : 0;
+        *offset = ((lane.image * s_.k + k0) * s_.p + p) * s_.q + q;
       }
     }
   }
@@ -236,52 +280,8 @@ class CsrTiles {
   }
 
   // `filters` (at most L) sums of one block, (filters, ny, nx, L), to filters k0 and following.
-  // Pointwise NCHW layers store from the row loop instead.
+  // NCHW layers store from the row loop instead.
   void unpack(const T* sums, int64_t k0, int64_t filters) {
-    if (params_.layout == Layout::kNHWC) {
-      unpack_nhwc(sums, k0, filters);
-    } else {
-      unpack_nchw(sums, k0, filters);
-    }
-  }
-
- private:
-  void unpack_nchw(const T* sums, int64_t k0, int64_t filters) {
-    for (int64_t xb = 0; xb < plan_.nx; xb += L) {
-      const int64_t width = plan_.nx - xb < L ? plan_.nx - xb : L;
-      for (int64_t y = 0; y < plan_.ny && y0_ + y < plan_.tile_h; ++y) {
-        uint32_t mask[L];
-        int64_t offset[L];
-        for (int l = 0; l < L; ++l) {
-          const Lane& lane = lane_[l];
-          const int64_t p = out_row(lane, y), q = out_col(lane, xb);
-          int64_t n = plan_.tile_w - x0_ - xb;
-          n = n < width ? n : width;
-          n = n < s_.q - q ? n : s_.q - q;
-          mask[l] = lane.active && p < s_.p ? range_mask<L>(0, 0, n) : 0;
-          offset[l] = ((lane.image * s_.k + k0) * s_.p + p) * s_.q + q;
-        }
-        for (int64_t f = 0; f < filters; ++f) {
-          const T* in = sums + ((f * plan_.ny + y) * plan_.nx + xb) * L;
-          reg r[L];
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) {
-            __builtin_prefetch(
-                static_cast<S*>(params_.y) + offset[l] + (f + kPrefetchOut) * s_.p * s_.q, 1);
-          }
-#pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) r[j] = j < width ? V::load(in + j * L) : V::zero();
-          V::transpose(r);
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) {
-            if (mask[l]) finish_(r[l], offset[l] + f * s_.p * s_.q, mask[l]);
-          }
-        }
-      }
-    }
-  }
-
-  void unpack_nhwc(const T* sums, int64_t k0, int64_t filters) {
     const uint32_t mask = range_mask<L>(0, 0, filters);
     const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
     for (int64_t y = 0; y < plan_.ny && y0_ + y < plan_.tile_h; ++y) {
