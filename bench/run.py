@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import models, suite_csr
 from bench.cases import DENSITIES, LAYERS
-from bench.timing import MIN_RUNS, fma_roof_gflops
+from bench.timing import MIN_RUNS, fma_roof_gflops, keep_memory
 from sparsecnn.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one suite; returns the exit status."""
     options = parse(argv)
     torch.set_num_threads(options.threads)
+    kept = keep_memory()
     if options.isa:
         sparsecnn.set_isa(options.isa)
     if options.device == "cuda":
@@ -215,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tf32": options.tf32 if options.device == "cuda" else None,
             "commit": commit(),
             "environment": environment(),
+            "freed_memory_kept": kept,
             "roof_gflops": roof,
             "geomean": {f"{s:g}": v for s, v in means.items()},
             "geomean_all": overall,

@@ -105,10 +105,7 @@ struct RowArgs {
   bool first_panel;           // start from the bias, not from the partial sums
   int64_t filters;            // of the chunk
   typename V::T* partial;     // (filters, NY, NX, L)
-  // What the loop brings to L2 meanwhile: the next panel of an image that is read in place.
-  const char* prefetch;
-  int64_t prefetch_pitch;  // bytes between channels
-  int64_t prefetch_channels;
+  Prefetcher* prefetcher;
 };
 
 // Where the sums of a filter go: back to the partial sums ...
@@ -199,15 +196,8 @@ void csr_rows(const RowArgs<V>& args, Weights weights, Sink sink) {
   using T = typename V::T;
   const RowArgs<V> a = args;
   T* partial = a.partial;
-  const int64_t prefetches = (a.prefetch_channels + a.filters - 1) / a.filters;
-  int64_t prefetched = 0;
   for (int64_t f = 0; f < a.filters; ++f, partial += NY * NX * V::L) {
-    for (int64_t i = 0; i < prefetches && prefetched < a.prefetch_channels; ++i, ++prefetched) {
-#pragma GCC unroll 16
-      for (int x = 0; x < NX; ++x) {
-        __builtin_prefetch(a.prefetch + prefetched * a.prefetch_pitch + x * V::L * sizeof(T), 0, 2);
-      }
-    }
+    a.prefetcher->visit();
     reg acc[NY][NX];
     if (a.first_panel) {
       const reg b = V::set1(a.bias[f]);
@@ -282,11 +272,15 @@ class CsrConv2d : private CsrTiles<V, S> {
   using Base::finish_;
   using Base::in_place;
   using Base::L;
+  using Base::list_lines;
+  using Base::place_block;
+  using Base::prefetch_in_place;
+  using Base::prefetch_lines;
+  using Base::worth_prefetching;
   using Base::lane_;
   using Base::pack;
   using Base::panel_;
   using Base::params_;
-  using Base::place_lanes;
   using Base::place_rows;
   using Base::plan_;
   using Base::s_;
@@ -342,15 +336,16 @@ class CsrConv2d : private CsrTiles<V, S> {
     int64_t current = -1;  // chunk whose bias is loaded
     int64_t packed = -1;   // the (block, group) whose only panel is packed, when there is one panel
     for (int64_t item = begin; item < end; ++item) {
-      int64_t rest = item;
-      const int64_t chunk = rest % plan_.filter_chunks;
-      rest /= plan_.filter_chunks;
-      const int64_t block_and_group = rest;
-      const int64_t group = rest % s_.groups;
-      rest /= s_.groups;
-      const int64_t bx = rest % plan_.blocks_x;
-      rest /= plan_.blocks_x;
-      place_lanes(rest / plan_.blocks_y, rest % plan_.blocks_y, bx);
+      const int64_t chunk = item % plan_.filter_chunks;
+      const int64_t block_and_group = item / plan_.filter_chunks;
+      const int64_t group = block_and_group % s_.groups;
+      const int64_t following = block_and_group + 1;
+      const bool prefetch = following * plan_.filter_chunks < end && worth_prefetching();
+      if (prefetch) {
+        place_block(following / s_.groups);
+        list_lines(following % s_.groups * s_.channels_per_group());
+      }
+      place_block(block_and_group / s_.groups);
       const int64_t y0 = y0_, x0 = x0_;
 
       const int64_t chunk_index = group * plan_.filter_chunks + chunk;
@@ -365,7 +360,9 @@ class CsrConv2d : private CsrTiles<V, S> {
       }
       const int64_t cg = s_.channels_per_group();
       const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
+      Prefetcher prefetcher = prefetch ? prefetch_lines(filters) : Prefetcher{};
       RowArgs<V> args{};
+      args.prefetcher = &prefetcher;
       args.row_pitch = static_cast<ptrdiff_t>(plan_.cols) * L;
       args.bias = bias_;
       args.filters = filters;
@@ -375,7 +372,7 @@ class CsrConv2d : private CsrTiles<V, S> {
         const T* panel = panel_;
         if (plan_.in_place) {
           panel = in_place(group * cg + c0, x0);
-          prefetch_next(args, b, group * cg, x0);
+          prefetcher = prefetch_in_place(b, group * cg, x0, filters);
         } else if (plan_.channel_blocks > 1 || packed != block_and_group) {
           pack(group * cg + c0, c1 - c0);
           packed = block_and_group;
@@ -413,17 +410,6 @@ class CsrConv2d : private CsrTiles<V, S> {
       }
     }
     return true;
-  }
-
-  // The next panel of this block, or the first of the next block, to be prefetched.
-  void prefetch_next(RowArgs<V>& args, int64_t b, int64_t first_channel, int64_t x0) const {
-    const bool last = b + 1 == plan_.channel_blocks;
-    const int64_t c0 = last ? 0 : (b + 1) * plan_.channel_block;
-    const int64_t left = s_.channels_per_group() - c0;
-    args.prefetch = reinterpret_cast<const char*>(
-        in_place(first_channel + c0, last ? x0 + plan_.nx : x0));
-    args.prefetch_pitch = s_.w * static_cast<int64_t>(sizeof(T));
-    args.prefetch_channels = left < plan_.channel_block ? left : plan_.channel_block;
   }
 
   // Where each filter's nonzeros lie in each panel: row b of bounds_ holds the first entry of every

@@ -20,6 +20,8 @@ using cpu::CsrPlan;
 
 // Distances of the software prefetches, in channels, filters and vectors; measured on Zen 4.
 constexpr int64_t kPrefetchIn = 4, kPrefetchOut = 2, kPrefetchPixels = 64;
+// Inputs that large are prefetched block by block.
+constexpr int64_t kPrefetchedBytes = 1 << 20;
 
 // Bits [lo, hi) of a mask over positions [first, first + L).
 template <int L>
@@ -74,6 +76,28 @@ struct Finish {
   }
 };
 
+// Input lines of the next block, brought to L2 by the row loop of this one, a few per visit of a
+// filter: no hardware prefetcher follows rows that lie a plane apart.
+struct Prefetcher {
+  const char* channel;   // where the lines of the current channel are counted from
+  const int64_t* lines;  // (count): bytes from there
+  int32_t count, next;
+  int64_t pitch, channels;  // bytes between channels, channels left
+  int64_t per_visit;
+
+  SPARSECNN_INLINE void visit() {
+    if (channels == 0) return;
+    for (int64_t i = 0; i < per_visit && channels > 0; ++i) {
+      __builtin_prefetch(channel + lines[next], 0, 2);
+      if (++next == count) {
+        next = 0;
+        channel += pitch;
+        --channels;
+      }
+    }
+  }
+};
+
 template <class V, class S>
 class CsrTiles {
  protected:
@@ -95,6 +119,11 @@ class CsrTiles {
   const Finish<V, S> finish_;
   Lane lane_[L];
   int64_t y0_ = 0, x0_ = 0;  // first output position of the block inside a tile
+  static constexpr int32_t kMaxLines = 512;
+  static constexpr int64_t kLineBytes = 64;
+  const char* first_channel_ = nullptr;
+  int64_t line_[kMaxLines];
+  int32_t lines_ = 0;
 
   CsrTiles(const CsrConv2dParams& params, const CsrPlan& plan, char* scratch)
       : params_(params),
@@ -110,7 +139,10 @@ class CsrTiles {
   }
   int64_t out_row(const Lane& l, int64_t y) const { return l.tile_y * plan_.tile_h + y0_ + y; }
 
-  void place_lanes(int64_t image_group, int64_t block_y, int64_t block_x) {
+  // Block b along images, rows and columns.
+  void place_block(int64_t b) {
+    const int64_t block_x = b % plan_.blocks_x, block_y = b / plan_.blocks_x % plan_.blocks_y;
+    const int64_t image_group = b / plan_.blocks_x / plan_.blocks_y;
     y0_ = block_y * plan_.super_y * plan_.ny;
     x0_ = block_x * plan_.super_x * plan_.nx;
     for (int64_t l = 0; l < L; ++l) {
@@ -122,6 +154,62 @@ class CsrTiles {
       lane.in_col = out_col(lane, 0) * s_.stride_w - s_.pad_left;
       lane.active = lane.image < s_.n && out_row(lane, 0) < s_.p && out_col(lane, 0) < s_.q;
     }
+  }
+
+  // Small inputs are in L2 already: there the prefetches only cost.
+  bool worth_prefetching() const {
+    if (params_.layout == Layout::kNHWC || plan_.in_place) return false;
+    if (!plan_.interleaved && plan_.blocks_x > 1) return false;  // whole rows are listed
+    return s_.n * s_.c * s_.h * s_.w * static_cast<int64_t>(sizeof(S)) > kPrefetchedBytes;
+  }
+
+  // The lines of one channel that the placed block reads.
+  void list_lines(int64_t c0) {
+    lines_ = 0;
+    const auto add = [&](int64_t first, int64_t last) {  // elements from channel c0 of image 0
+      const int64_t size = sizeof(S);
+      for (int64_t at = first * size; at < last * size && lines_ < kMaxLines; at += kLineBytes) {
+        line_[lines_++] = at;
+      }
+    };
+    first_channel_ = reinterpret_cast<const char*>(static_cast<const S*>(params_.x) +
+                                                   c0 * s_.h * s_.w);
+    for (int l = 0; l < L; ++l) {
+      const Lane& lane = lane_[l];
+      if (!lane.active || lane.tile_x != 0) continue;
+      const int64_t image = lane.image * s_.c * s_.h * s_.w;
+      if (plan_.interleaved) {
+        const int64_t p0 = x0_ * L, pixels = int64_t{plan_.nx} * plan_.super_x * L;
+        add(image + p0, image + (p0 + pixels < s_.w ? p0 + pixels : s_.w));
+      } else {
+        for (int64_t i = 0; i < plan_.rows; ++i) {
+          const int64_t h = lane.in_row + plan_.row_source[i];
+          if (h >= 0 && h < s_.h) add(image + h * s_.w, image + (h + 1) * s_.w);
+        }
+      }
+    }
+  }
+
+  Prefetcher prefetch_lines(int64_t filters) const {
+    const int64_t channels = lines_ == 0 ? 0 : s_.channels_per_group();
+    const int64_t visits = plan_.channel_blocks * plan_.super_y * plan_.super_x * filters;
+    return {first_channel_, line_, lines_, 0, s_.h * s_.w * static_cast<int64_t>(sizeof(S)),
+            channels, (channels * lines_ + visits - 1) / visits};
+  }
+
+  // An image read in place is prefetched panel by panel: the next one of this block, or the first
+  // of the next block.
+  Prefetcher prefetch_in_place(int64_t b, int64_t group_c0, int64_t x0, int64_t filters) {
+    const bool last = b + 1 == plan_.channel_blocks;
+    const int64_t c0 = last ? 0 : (b + 1) * plan_.channel_block;
+    const int64_t left = s_.channels_per_group() - c0;
+    const int64_t channels = left < plan_.channel_block ? left : plan_.channel_block;
+    lines_ = plan_.nx;
+    for (int32_t j = 0; j < lines_; ++j) line_[j] = j * L * static_cast<int64_t>(sizeof(T));
+    const T* const first = in_place(group_c0 + c0, last ? x0 + plan_.nx : x0);
+    return {reinterpret_cast<const char*>(first), line_, lines_, 0,
+            s_.w * static_cast<int64_t>(sizeof(T)), channels,
+            (channels * lines_ + filters - 1) / filters};
   }
 
   void pack(int64_t c0, int64_t channels) {
