@@ -272,10 +272,10 @@ class CsrConv2d : private CsrTiles<V, S> {
   using Base::finish_;
   using Base::in_place;
   using Base::L;
-  using Base::list_lines;
+  using Base::list_rows;
   using Base::place_block;
   using Base::prefetch_in_place;
-  using Base::prefetch_lines;
+  using Base::prefetch_rows;
   using Base::worth_prefetching;
   using Base::lane_;
   using Base::pack;
@@ -343,7 +343,7 @@ class CsrConv2d : private CsrTiles<V, S> {
       const bool prefetch = following * plan_.filter_chunks < end && worth_prefetching();
       if (prefetch) {
         place_block(following / s_.groups);
-        list_lines(following % s_.groups * s_.channels_per_group());
+        list_rows(following % s_.groups * s_.channels_per_group());
       }
       place_block(block_and_group / s_.groups);
       const int64_t y0 = y0_, x0 = x0_;
@@ -360,7 +360,7 @@ class CsrConv2d : private CsrTiles<V, S> {
       }
       const int64_t cg = s_.channels_per_group();
       const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
-      Prefetcher prefetcher = prefetch ? prefetch_lines(filters) : Prefetcher{};
+      Prefetcher prefetcher = prefetch ? prefetch_rows(filters) : Prefetcher{};
       RowArgs<V> args{};
       args.prefetcher = &prefetcher;
       args.row_pitch = static_cast<ptrdiff_t>(plan_.cols) * L;

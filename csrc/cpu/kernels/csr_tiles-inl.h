@@ -76,19 +76,20 @@ struct Finish {
   }
 };
 
-// Input lines of the next block, brought to L2 by the row loop of this one, a few per visit of a
+// Input of the next block, brought to L2 by the row loop of this one, a few rows per visit of a
 // filter: no hardware prefetcher follows rows that lie a plane apart.
 struct Prefetcher {
-  const char* channel;   // where the lines of the current channel are counted from
-  const int64_t* lines;  // (count): bytes from there
-  int32_t count, next;
-  int64_t pitch, channels;  // bytes between channels, channels left
-  int64_t per_visit;
+  const char* channel;       // where the rows of the current channel are counted from
+  const int64_t* rows;       // (count): bytes from there
+  int32_t count, next;       // rows of a channel, the next of them
+  int64_t row_bytes, pitch;  // of a row, between channels
+  int64_t channels;          // left
+  int64_t per_visit;         // rows
 
   SPARSECNN_INLINE void visit() {
-    if (channels == 0) return;
     for (int64_t i = 0; i < per_visit && channels > 0; ++i) {
-      __builtin_prefetch(channel + lines[next], 0, 2);
+      const char* const row = channel + rows[next];
+      for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
       if (++next == count) {
         next = 0;
         channel += pitch;
@@ -119,11 +120,12 @@ class CsrTiles {
   const Finish<V, S> finish_;
   Lane lane_[L];
   int64_t y0_ = 0, x0_ = 0;  // first output position of the block inside a tile
-  static constexpr int32_t kMaxLines = 512;
-  static constexpr int64_t kLineBytes = 64;
+  // The placed block's input, for a Prefetcher.
+  static constexpr int32_t kMaxRows = 128;
   const char* first_channel_ = nullptr;
-  int64_t line_[kMaxLines];
-  int32_t lines_ = 0;
+  int64_t row_[kMaxRows];
+  int32_t rows_ = 0;
+  int64_t row_bytes_ = 0;
 
   CsrTiles(const CsrConv2dParams& params, const CsrPlan& plan, char* scratch)
       : params_(params),
@@ -163,38 +165,35 @@ class CsrTiles {
     return s_.n * s_.c * s_.h * s_.w * static_cast<int64_t>(sizeof(S)) > kPrefetchedBytes;
   }
 
-  // The lines of one channel that the placed block reads.
-  void list_lines(int64_t c0) {
-    lines_ = 0;
-    const auto add = [&](int64_t first, int64_t last) {  // elements from channel c0 of image 0
-      const int64_t size = sizeof(S);
-      for (int64_t at = first * size; at < last * size && lines_ < kMaxLines; at += kLineBytes) {
-        line_[lines_++] = at;
-      }
-    };
-    first_channel_ = reinterpret_cast<const char*>(static_cast<const S*>(params_.x) +
-                                                   c0 * s_.h * s_.w);
+  // The rows of one channel that the placed block reads.
+  void list_rows(int64_t c0) {
+    const int64_t size = sizeof(S), plane = s_.h * s_.w;
+    first_channel_ =
+        reinterpret_cast<const char*>(static_cast<const S*>(params_.x) + c0 * plane);
+    rows_ = 0;
+    if (plan_.interleaved) {
+      const int64_t p0 = x0_ * L, pixels = int64_t{plan_.nx} * plan_.super_x * L;
+      row_bytes_ = (p0 + pixels < s_.w ? pixels : s_.w - p0) * size;
+      row_[rows_++] = (lane_[0].image * s_.c * plane + p0) * size;
+      return;
+    }
+    row_bytes_ = s_.w * size;
     for (int l = 0; l < L; ++l) {
       const Lane& lane = lane_[l];
       if (!lane.active || lane.tile_x != 0) continue;
-      const int64_t image = lane.image * s_.c * s_.h * s_.w;
-      if (plan_.interleaved) {
-        const int64_t p0 = x0_ * L, pixels = int64_t{plan_.nx} * plan_.super_x * L;
-        add(image + p0, image + (p0 + pixels < s_.w ? p0 + pixels : s_.w));
-      } else {
-        for (int64_t i = 0; i < plan_.rows; ++i) {
-          const int64_t h = lane.in_row + plan_.row_source[i];
-          if (h >= 0 && h < s_.h) add(image + h * s_.w, image + (h + 1) * s_.w);
-        }
+      for (int64_t i = 0; i < plan_.rows && rows_ < kMaxRows; ++i) {
+        const int64_t h = lane.in_row + plan_.row_source[i];
+        if (h >= 0 && h < s_.h) row_[rows_++] = (lane.image * s_.c * plane + h * s_.w) * size;
       }
     }
   }
 
-  Prefetcher prefetch_lines(int64_t filters) const {
-    const int64_t channels = lines_ == 0 ? 0 : s_.channels_per_group();
+  Prefetcher prefetch_rows(int64_t filters) const {
+    const int64_t channels = rows_ == 0 ? 0 : s_.channels_per_group();
     const int64_t visits = plan_.channel_blocks * plan_.super_y * plan_.super_x * filters;
-    return {first_channel_, line_, lines_, 0, s_.h * s_.w * static_cast<int64_t>(sizeof(S)),
-            channels, (channels * lines_ + visits - 1) / visits};
+    return {first_channel_, row_, rows_, 0, row_bytes_,
+            s_.h * s_.w * static_cast<int64_t>(sizeof(S)), channels,
+            (channels * rows_ + visits - 1) / visits};
   }
 
   // An image read in place is prefetched panel by panel: the next one of this block, or the first
@@ -204,12 +203,11 @@ class CsrTiles {
     const int64_t c0 = last ? 0 : (b + 1) * plan_.channel_block;
     const int64_t left = s_.channels_per_group() - c0;
     const int64_t channels = left < plan_.channel_block ? left : plan_.channel_block;
-    lines_ = plan_.nx;
-    for (int32_t j = 0; j < lines_; ++j) line_[j] = j * L * static_cast<int64_t>(sizeof(T));
+    row_[0] = 0;
+    const int64_t size = sizeof(T);
     const T* const first = in_place(group_c0 + c0, last ? x0 + plan_.nx : x0);
-    return {reinterpret_cast<const char*>(first), line_, lines_, 0,
-            s_.w * static_cast<int64_t>(sizeof(T)), channels,
-            (channels * lines_ + filters - 1) / filters};
+    return {reinterpret_cast<const char*>(first), row_, 1, 0, plan_.nx * L * size, s_.w * size,
+            channels, (channels + filters - 1) / filters};
   }
 
   void pack(int64_t c0, int64_t channels) {
