@@ -247,25 +247,26 @@ def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) 
     chosen = min(plans, key=lambda p: times[p].median_s)
     if chosen.swaps:
         chosen = _without_losers(variants, chosen, plans, times, settings, notes)
-    if chosen not in originals:
+    # The three that may be kept, once more: the choice, the best original, the user's own layout.
+    own = Plan(variants.own_layout)
+    finalists = list(dict.fromkeys((own, before, chosen)))
+    if len(finalists) > 1:
         for effort in (1, 4):
-            final = variants.time([before, chosen], settings, effort)
-            if not unclear(final[chosen], final[before], MODEL_MARGIN):
+            times |= variants.time(finalists, settings, effort)
+            if not unclear(times[chosen], times[before], MODEL_MARGIN) and not unclear(
+                times[before], times[own], settings.tie_margin
+            ):
                 break
-        if not surely_faster(final[chosen], final[before], MODEL_MARGIN):
-            notes.append(
-                f"the {chosen.label} model took {_ms(final[chosen])} and the original "
-                f"{_ms(final[before])}: no gain beyond noise, so everything was put back"
-            )
-            for site in chosen.swaps:
-                site.undone = "the whole model was not faster, put back"
-            chosen = before
-        times |= final
-    if chosen in originals:
-        # The user's own layout wins ties.
-        own = Plan(variants.own_layout)
-        if own in times and not faster(times[before], times[own], settings.tie_margin):
-            chosen = before = own
+    if chosen not in originals and not surely_faster(times[chosen], times[before], MODEL_MARGIN):
+        notes.append(
+            f"the {chosen.label} model took {_ms(times[chosen])} and the original "
+            f"{_ms(times[before])}: no gain beyond noise, so everything was put back"
+        )
+        for site in chosen.swaps:
+            site.undone = "the whole model was not faster, put back"
+        chosen = before
+    if chosen in originals and not surely_faster(times[before], times[own], settings.tie_margin):
+        chosen = before = own  # the user's own layout wins ties
     step("done")
     worst = 0.0 if chosen in originals else variants.disagreement(chosen)[0]
     return Outcome(chosen, times[before], times[chosen], worst, notes)
