@@ -402,11 +402,7 @@ class CsrConv2d : private CsrTiles<V, S> {
         y0_ = y0 + i / plan_.super_x * plan_.ny;
         x0_ = x0 + i % plan_.super_x * plan_.nx;
         if (y0_ >= plan_.tile_h || x0_ >= plan_.tile_w) continue;
-        const T* const sums = partial_ + i * filters * filter;
-        for (int64_t k = 0; k < filters; k += L) {
-          const int64_t n = filters - k < L ? filters - k : L;
-          unpack(sums + k * filter, k0 + k, n);
-        }
+        unpack(partial_ + i * filters * filter, k0, filters);
       }
     }
     return true;

@@ -365,25 +365,47 @@ class CsrTiles {
     }
   }
 
-  // `filters` (at most L) sums of one block, (filters, ny, nx, L), to filters k0 and following.
-  // NCHW layers store from the row loop instead.
+  // NHWC: the sums of one block, (filters, ny, nx, L), to filters k0 and following. NCHW layers
+  // store from the row loop instead.
   void unpack(const T* sums, int64_t k0, int64_t filters) {
-    const uint32_t mask = range_mask<L>(0, 0, filters);
+    constexpr int H = L / 2;
     const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
     for (int64_t y = 0; y < plan_.ny && y0_ + y < plan_.tile_h; ++y) {
       for (int64_t x = 0; x < plan_.nx && x0_ + x < plan_.tile_w; ++x) {
-        const T* in = sums + (y * plan_.nx + x) * L;
-        reg r[L];
-#pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) r[j] = j < filters ? V::load(in + j * filter) : V::zero();
-        V::transpose(r);
-#pragma GCC unroll 16
+        int64_t offset[L];
+        bool inside[L];
         for (int l = 0; l < L; ++l) {
           const Lane& lane = lane_[l];
           const int64_t p = out_row(lane, y), q = out_col(lane, x);
-          if (lane.active && p < s_.p && q < s_.q) {
-            finish_(r[l], ((lane.image * s_.p + p) * s_.q + q) * s_.k + k0, mask);
+          inside[l] = lane.active && p < s_.p && q < s_.q;
+          offset[l] = ((lane.image * s_.p + p) * s_.q + q) * s_.k + k0;
+        }
+        const T* in = sums + (y * plan_.nx + x) * L;
+        int64_t k = 0;
+        for (; k + H < filters; k += L) {
+          const int64_t n = filters - k < L ? filters - k : L;
+          const uint32_t mask = range_mask<L>(0, 0, n);
+          reg r[L];
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j) r[j] = j < n ? V::load(in + (k + j) * filter) : V::zero();
+          V::transpose(r);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) {
+            if (inside[l]) finish_(r[l], offset[l] + k, mask);
           }
+        }
+        if (k >= filters) continue;
+        const uint32_t mask = range_mask<L>(0, 0, filters - k);
+        reg r[H];
+#pragma GCC unroll 8
+        for (int j = 0; j < H; ++j) {
+          r[j] = k + j < filters ? V::load(in + (k + j) * filter) : V::zero();
+        }
+        V::transpose_pairs(r);
+#pragma GCC unroll 8
+        for (int l = 0; l < H; ++l) {
+          finish_.pair(r[l], offset[l] + k, inside[l] ? mask : 0, offset[l + H] + k,
+                       inside[l + H] ? mask : 0);
         }
       }
     }
