@@ -6,8 +6,6 @@
 #include "cpu/csr_plan.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -18,16 +16,16 @@ namespace sparsecnn::cpu {
 namespace {
 
 // The row loop, from 60 timings of blocks of 4 to 28 vectors at 5 to 20 % density.
-constexpr double kFmaCycles = 1.07;            // FMA with an operand in L1
-constexpr double kEntryCycles = 1.3;           // value and offset of one nonzero
-constexpr double kChainCycles = 4.0;           // latency of an FMA: a nonzero cannot cost less
-constexpr double kVisitCycles = 7.0;           // start and end of a filter's visit to a panel
-constexpr double kPartialCycles = 1.3;         // load and store of one vector of partial sums
-constexpr double kWideCycles = 0.08;           // added to it per vector of a block beyond 14
-constexpr double kL2Penalty = 0.6;             // added to an FMA whose operand comes from L2
-constexpr double kL1Bytes = 36 << 10;          // panel from which on operands do
-constexpr double kStoredCycles = 5.0;          // added per nonzero of a weight not streamed
-constexpr double kListCycles = 20.0;           // and per visit, to find its bounds
+constexpr double kFmaCycles = 1.07;     // FMA with an operand in L1
+constexpr double kEntryCycles = 1.3;    // value and offset of one nonzero
+constexpr double kChainCycles = 4.0;    // latency of an FMA: a nonzero cannot cost less
+constexpr double kVisitCycles = 7.0;    // start and end of a filter's visit to a panel
+constexpr double kPartialCycles = 1.3;  // load and store of one vector of partial sums
+constexpr double kWideCycles = 0.08;    // added to it per vector of a block beyond 14
+constexpr double kL2Penalty = 0.6;      // added to an FMA whose operand comes from L2
+constexpr double kL1Bytes = 36 << 10;   // panel from which on operands do
+constexpr double kStoredCycles = 5.0;   // added per nonzero of a weight not streamed
+constexpr double kListCycles = 20.0;    // and per visit, to find its bounds
 // The two sides of a panel.
 constexpr double kTransposeCycles = 8.0;       // per vector packed through an L x L transpose
 constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
@@ -152,7 +150,8 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
     const double partial =
         kPartialCycles + kWideCycles * static_cast<double>(std::max<int64_t>(0, vectors - 14));
     // NCHW layers store the last panel's sums from the row loop.
-    const double summed = params.layout == Layout::kNHWC ? visits : visits - static_cast<double>(kg);
+    const double summed =
+        params.layout == Layout::kNHWC ? visits : visits - static_cast<double>(kg);
     const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
@@ -258,20 +257,6 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
                     plan.shape.w % machine.lanes == 0 && csr_is_aligned(params);
     if (plan.in_place) consider(plan);
   }
-  if (const char* o = std::getenv("DEV_PLAN")) {
-    int ny, nx, sy, sx, ly, lx, inter, cb, ch;
-    if (std::sscanf(o, "%d,%d,%d,%d,%d,%d,%d,%d,%d", &ny, &nx, &sy, &sx, &ly, &lx, &inter, &cb, &ch) == 9) {
-      CsrPlan plan = base;
-      plan.ny = ny; plan.nx = nx; plan.super_y = sy; plan.super_x = sx; plan.ly = ly; plan.lx = lx; plan.ln = inter ? 1 : machine.lanes / (ly * lx);
-      plan.interleaved = inter; plan.in_place = inter == 2;
-      evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
-      plan.channel_block = cb; plan.channel_blocks = ceil_div(plan.shape.channels_per_group(), cb); plan.filter_chunks = ch;
-      best = plan;
-    }
-  }
-  if (std::getenv("DEV_SHOW")) {
-    std::fprintf(stderr, "plan %d,%d,%d,%d,%d,%d,%d,%ld,%ld est %.3f ms\n", best.ny, best.nx, best.super_y, best.super_x, best.ly, best.lx, (int)best.interleaved+best.in_place, best.channel_block, best.filter_chunks, best_cycles / 3.6e6);
-  }
   best.items =
       best.image_groups * best.blocks_y * best.blocks_x * best.shape.groups * best.filter_chunks;
   return best;
@@ -326,7 +311,7 @@ CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& m
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = cache.find(key);
-    if (it != cache.end() && !std::getenv("DEV_PLAN")) return it->second;
+    if (it != cache.end()) return it->second;
   }
   const CsrPlan plan = search(params, nnz, machine, threads);
   std::lock_guard<std::mutex> lock(mutex);

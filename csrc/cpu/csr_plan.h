@@ -28,12 +28,12 @@ struct CsrPlan {
   int32_t ny, nx;            // block of output positions held in registers: ny * nx vectors
   int32_t super_y, super_x;  // blocks that share one packing
   int64_t image_groups, blocks_y, blocks_x;  // items along images, rows, columns
-  int32_t rows, cols;     // packed input rows and columns of super_y * super_x blocks
-  int32_t span;           // source columns between the first and the last packed one, + 1
-  int64_t channel_pitch;  // vectors between channels of a panel: rows * cols and what keeps a
-                          // block's channels out of each other's cache sets
-  int64_t scratch_budget; // bytes of scratch that one thread should stay within
-  int64_t channel_block;  // input channels per panel
+  int32_t rows, cols;      // packed input rows and columns of super_y * super_x blocks
+  int32_t span;            // source columns between the first and the last packed one, + 1
+  int64_t channel_pitch;   // vectors between channels of a panel: rows * cols and what keeps a
+                           // block's channels out of each other's cache sets
+  int64_t scratch_budget;  // bytes of scratch that one thread should stay within
+  int64_t channel_block;   // input channels per panel
   int64_t channel_blocks;
   int64_t filter_chunks;      // chunks of output channels per group, balanced by nonzeros
   int64_t max_chunk_filters;  // filters in the largest chunk

@@ -270,10 +270,10 @@ Cache& cache() {
 }  // namespace
 
 int64_t CsrProgram::bytes() const {
-  return static_cast<int64_t>(
-      sizeof(CsrProgram) + 4 * (tables.size() + counts.size()) +
-      8 * (chunk_begin.size() + panel_entries.size()) + sizeof(CsrEntry<float>) * entries_float.size() +
-      sizeof(CsrEntry<double>) * entries_double.size());
+  return static_cast<int64_t>(sizeof(CsrProgram) + 4 * (tables.size() + counts.size()) +
+                              8 * (chunk_begin.size() + panel_entries.size()) +
+                              sizeof(CsrEntry<float>) * entries_float.size() +
+                              sizeof(CsrEntry<double>) * entries_double.size());
 }
 
 std::shared_ptr<const CsrProgram> csr_program(const CsrConv2dParams& params, int64_t nnz,

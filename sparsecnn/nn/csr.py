@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn._common import check_activation, inherit
-from sparsecnn.ops.csr_conv2d import Geometry, conv_geometry, csr_linear, run_csr_conv2d
+from sparsecnn.ops._check import Geometry, conv_geometry
+from sparsecnn.ops.csr_conv2d import csr_linear, run_csr_conv2d
 
 
 class _CSRLayer(nn.Module):
@@ -151,7 +152,9 @@ class CSRConv2d(_CSRLayer):
         if self.padding_mode != "zeros" and any(pads):
             self._padded_first = left, right, top, bottom
             pads = [0, 0, 0, 0]
-        self._geometry = conv_geometry(conv.kernel_size, conv.stride, pads, conv.dilation)
+        self._geometry = conv_geometry(
+            "CSRConv2d", conv.kernel_size, conv.stride, pads, conv.dilation
+        )
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, *, activation: str = "none") -> CSRConv2d:

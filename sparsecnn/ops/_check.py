@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 """Activations that kernels fuse, as the ops spell them."""
+Geometry: TypeAlias = "tuple[list[int], list[int], list[int], list[int]]"
+"""Kernel size, stride, padding (top, bottom, left, right) and dilation, as ops take them."""
 
 
 def _as_list(value: object) -> list[int]:
@@ -65,3 +70,100 @@ def resolve_padding(
 def out_extent(size: Any, lo: int, hi: int, dilation: int, kernel: int, stride: int) -> Any:
     """Output size along one axis; below 1 when the dilated kernel does not fit."""
     return (size + lo + hi - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv_geometry(
+    op: str,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> Geometry:
+    """Check and normalise the geometry of a convolution; a layer does it once.
+
+    Raises:
+        ValueError: names the argument, what was expected and the value.
+    """
+    stride_, dilation_ = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
+    padding_ = resolve_padding(op, padding, kernel_size, dilation_, stride_)
+    return [*kernel_size], stride_, padding_, dilation_
+
+
+def check_conv(
+    op: str,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    weight: Mapping[str, Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    groups: int,
+    activation: str,
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """Check the tensors of a convolution against each other.
+
+    Args:
+        op: name for the messages.
+        x: should be (N, C, H, W).
+        weight_shape: (K, C/G, R, S).
+        weight: name -> array of the packed weight; floating-point ones have the dtype of x.
+        bias: should be (K,).
+        residual: should have the output's shape.
+        geometry: from `conv_geometry`.
+        groups: should divide C and K.
+        activation: one of `ACTIVATIONS`.
+        dtypes: legal dtypes of x.
+
+    Raises:
+        ValueError: a shape, device or option that does not fit; names it and the value.
+        TypeError: a dtype that is not supported or does not match.
+    """
+    _, stride, padding, dilation = geometry
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: expected x of shape (N, C, H, W), got {got}")
+    k, cg, r, s = weight_shape
+    if not isinstance(groups, int) or groups < 1 or k % groups:
+        raise ValueError(f"{op}: expected groups a positive divisor of K = {k}, got {groups!r}")
+    if x.shape[1] != cg * groups:
+        raise ValueError(
+            f"{op}: expected x with {cg * groups} channels (weight {tuple(weight_shape)}, "
+            f"groups {groups}), got {x.shape[1]}"
+        )
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(
+            f"{op}: expected x of dtype {names} on {x.device.type}, got {x.dtype}; "
+            "convert the layer and its input"
+        )
+    tensors: dict[str, Tensor | None] = {f"weight.{name}": t for name, t in weight.items()}
+    indices = [name for name, t in weight.items() if not t.is_floating_point()]
+    tensors |= {"bias": bias, "residual": residual}
+    for name, t in tensors.items():
+        if t is not None and t.dtype != x.dtype and name.removeprefix("weight.") not in indices:
+            raise TypeError(f"{op}: expected {name} of the dtype of x, {x.dtype}, got {t.dtype}")
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(
+                f"{op}: expected {name} on the device of x, {x.device}, got {t.device}"
+            )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: expected activation one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    if bias is not None and tuple(bias.shape) != (k,):
+        raise ValueError(f"{op}: expected bias of shape ({k},), got {tuple(bias.shape)}")
+    p = out_extent(x.shape[2], padding[0], padding[1], dilation[0], r, stride[0])
+    q = out_extent(x.shape[3], padding[2], padding[3], dilation[1], s, stride[1])
+    if p < 1 or q < 1:
+        raise ValueError(
+            f"{op}: expected a kernel that fits the padded input, got kernel ({r}, {s}), "
+            f"dilation {tuple(dilation)}, padding {tuple(padding)} on "
+            f"({x.shape[2]}, {x.shape[3]})"
+        )
+    if residual is not None and tuple(residual.shape) != (x.shape[0], k, p, q):
+        raise ValueError(
+            f"{op}: expected residual of the output's shape {(x.shape[0], k, p, q)}, "
+            f"got {tuple(residual.shape)}"
+        )

@@ -1,269 +1,55 @@
 // csr_conv2d on the CPU: y = act(conv(x, W) + bias + residual), W in CSR over (K, C/G * R * S).
 //
-// Included by every isa_*.cpp; the plan (cpu/csr_plan.h) says how the call is cut.
+// Included by every isa_*.cpp; the plan (cpu/csr_plan.h) says how the call is cut, the program
+// (cpu/csr_program.h) holds the weight in the order of the loop.
 //
 // Who owns what. An item is (super-block of output positions) x (group) x (chunk of filters). A
 // block is ny * nx output positions of each of L lanes, so ny * nx vectors, held in registers; the
 // blocks of a super-block share one packing. For one item:
 //   for each panel (block of input channels):
 //     pack it: [channel][packed row][packed column][L lanes]; what one block touches is about 24 KB
-//     for each block of the super-block, for each filter k of the chunk:
+//     for each block of the super-block, for each filter k of the chunk (csr_rows-inl.h):
 //       load the partial sums of k (or its bias), walk the nonzeros of k that fall in this panel:
 //       broadcast the weight, ny * nx FMAs whose memory operand is an aligned vector of the panel
-//   unpack: transpose lanes back to pixels (NCHW) or filters (NHWC), add residual, activate, store.
-// The bounds of each filter in each panel are found once per chunk, so the op reads plain CSR. Each
+//   from the last panel, NCHW: transpose lanes back to pixels in registers, add residual, activate,
+//   store; NHWC: the same from the partial sums, filters instead of pixels.
+// A pointwise NCHW layer whose planes are whole vectors is not packed: the image is the panel. Each
 // output is one chain of FMAs in ascending column order whatever the cut: results do not depend on
 // the number of threads.
 //
-// The bound. One FMA with an L1 operand per cycle: 83 GFLOP/s of a 104 GFLOP/s core (Zen 4,
-// AVX-512, one 64-byte load a cycle) when every operand is aligned and in L1; 57 when loads split
-// cache lines, 48 when they come from L2. Measured inside the row loop at 90 %: 71 GFLOP/s on 3x3
-// 128>128 @28, 62 on 256>256 @14, 32-43 on 7x7 maps and 1x1 @14, where an input vector is used by
-// too few filters to be worth bringing to L1 (1x1 1024>256 @14: 26 of 256).
+// The bound. One FMA with an L1 operand per cycle; a core of the Zen 4 server this was measured on
+// does 115 GFLOP/s with operands in registers. The row loop alone, from L1, one thread: 89 GFLOP/s
+// on 3x3 64>64 @56 at 90 %, 87 on 128>128 @28, 85 on 512>512 @7 (23 % of whose lanes are padding);
+// 92, 91 and 84 at 80 %; 81, 81 and 80 at 95 %. What is left of a call at 90 %, 64>64 @56: packing
+// 41 us, storing about 30, Python and dispatcher 20, of 360.
 //
 // Tried and lost, one thread, 90 % (figures of one run each, interleaved):
+//   - walking plain CSR, prefetching three filters ahead, a table from column to address: 71
+//     GFLOP/s where the stream does 82-89 (64>64 @56), 72 against 85 (512>512 @7).
 //   - packing every block by itself: packing a 3x3 block of rows three times over; sharing it
-//     between blocks took 128>128 @28 from 0.47 to 0.42 ms and 256>64 1x1 @56 from 0.49 to 0.40.
+//     between blocks took 128>128 @28 from 0.47 to 0.42 ms.
+//   - packing pointwise layers: 256>64 @56 0.28 ms, in place 0.20; a third of it was the copy.
+//   - storing all partial sums and transposing them afterwards: 64>64 @56 0.379 ms, from registers
+//     0.357; 512>512 @7 0.470 against 0.444.
+//   - prefetching the next block's input when it is in L2 anyway: slower by what it executes; from
+//     1 MB on it wins (batch 16: stride 2 128>128 @56 8.85 to 7.85 ms, 64>64 @56 7.2 to 6.7).
+//   - prefetching a whole block of an image read in place instead of panel by panel: 256>64 @56
+//     0.24 against 0.20 ms.
 //   - filters sorted by their number of nonzeros in the panel, so that loop exits are predicted:
 //     geometric mean over seven layers 4.83x dense sorted, 5.03x as they are.
 //   - 2, 3, 4 filters side by side (more independent chains): 0.96, 1.02, 1.03 of the time over
 //     eight cases; the loop waits for L1, not for the FMA latency.
-//   - prefetching the partial sums of the next filter: within the noise (0.476 against 0.479 ms on
-//     128>128 @28 at 90 %, 0.885 against 0.858 at 80 %).
-//   - 28 accumulators (2 x 14) for 64>64 @56: 39 GFLOP/s in the loop against 57 with 14; twice the
-//     partial sums stream through L1 and evict the panel.
+//   - 28 accumulators instead of 14 for 64>64 @56: 76-78 GFLOP/s against 89; twice the partial sums
+//     stream through L1 and evict the panel.
 // Shifted loads from unpacked rows were not built: the aligned panel also absorbs stride, padding,
 // dilation and tails.
 #pragma once
 #include <stddef.h>
 
-#include "cpu/kernels/csr_tiles-inl.h"
+#include "cpu/kernels/csr_rows-inl.h"
 
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
-
-// How many filters ahead unstreamed weights are prefetched; measured on Zen 4.
-constexpr int64_t kPrefetchFilters = 3;
-static_assert(kPrefetchFilters <= cpu::kBoundsPad, "the bounds are padded for the look-ahead");
-
-// The nonzeros of one panel in the order of the kernel, filter after filter.
-template <class T>
-struct Streamed {
-  const cpu::CsrEntry<T>* entry;
-  const int32_t* counts;  // of each filter
-
-  template <int MaxVectors>
-  static constexpr int max_vectors() {
-    return MaxVectors;
-  }
-
-  // Calls use(value, tap vectors) for every nonzero of the next filter.
-  template <class Use>
-  SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
-    for (const cpu::CsrEntry<T>* const end = entry + counts[f]; entry < end; ++entry) {
-      use(entry->value,
-          reinterpret_cast<const T*>(reinterpret_cast<const char*>(panel) + entry->offset));
-    }
-  }
-};
-
-// The same from plain CSR.
-template <class T, class S>
-struct Stored {
-  const S* values;
-  const int32_t* col_idx;
-  const int32_t* tap_offset;  // by column, in elements
-  const int32_t* begin;       // (filters): first entry of each filter in this panel
-  const int32_t* end;         // (filters): one past the last
-
-  template <int>
-  static constexpr int max_vectors() {
-    return cpu::kStoredVectors;
-  }
-
-  template <class Use>
-  SPARSECNN_INLINE void filter(int64_t f, const T* panel, Use&& use) {
-    // A filter touches a few lines of weights at an address no hardware prefetcher guesses. `begin`
-    // is followed by kBoundsPad entries, so that looking ahead needs no test.
-    const int64_t ahead = f + kPrefetchFilters;
-    for (int32_t i = begin[ahead]; i < end[ahead]; i += 16) {
-      __builtin_prefetch(values + i);
-      __builtin_prefetch(col_idx + i);
-    }
-    for (int32_t i = begin[f]; i < end[f]; ++i) {
-      use(static_cast<T>(to_acc(values[i])), panel + tap_offset[col_idx[i]]);
-    }
-  }
-};
-
-// What the row loop needs, gathered so that its signature stays short.
-template <class V>
-struct RowArgs {
-  const typename V::T* panel;
-  ptrdiff_t row_pitch;        // elements between packed rows
-  const typename V::T* bias;  // (filters of the chunk)
-  bool first_panel;           // start from the bias, not from the partial sums
-  int64_t filters;            // of the chunk
-  typename V::T* partial;     // (filters, NY, NX, L)
-  Prefetcher* prefetcher;
-};
-
-// Where the sums of a filter go: back to the partial sums ...
-template <class V>
-struct ToPartial {
-  template <int NY, int NX>
-  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T* partial, int64_t) {
-#pragma GCC unroll 8
-    for (int y = 0; y < NY; ++y) {
-#pragma GCC unroll 16
-      for (int x = 0; x < NX; ++x) V::store(partial + (y * NX + x) * V::L, acc[y][x]);
-    }
-  }
-};
-
-// ... or, from the last panel of an NCHW layer, finished to the output: lanes that are tiles are
-// transposed back to rows of pixels while they are in registers ...
-template <class V, class S>
-struct ToTiles {
-  const Finish<V, S>& finish;
-  const int64_t* offset;  // (NY, L): of a lane's row in filter 0
-  const uint32_t* mask;   // (NY, L): its pixels
-  int64_t plane;          // elements between filters
-
-  template <int NY, int NX>
-  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
-    constexpr int L = V::L, H = L / 2;
-    S* const y0 = finish.y + f * plane;
-#pragma GCC unroll 8
-    for (int y = 0; y < NY; ++y) {
-      const int64_t* const to = offset + y * L;
-      const uint32_t* const m = mask + y * L;
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) __builtin_prefetch(y0 + to[l] + kPrefetchOut * plane, 1);
-      if constexpr (NX <= H) {
-        typename V::reg r[H];
-#pragma GCC unroll 8
-        for (int j = 0; j < H; ++j) r[j] = j < NX ? acc[y][j < NX ? j : 0] : V::zero();
-        V::transpose_pairs(r);
-#pragma GCC unroll 8
-        for (int l = 0; l < H; ++l) {
-          if (m[l] | m[l + H]) {
-            finish.pair(r[l], to[l] + f * plane, m[l], to[l + H] + f * plane, m[l + H]);
-          }
-        }
-      } else {
-#pragma GCC unroll 16
-        for (int x0 = 0; x0 < NX; x0 += L) {
-          typename V::reg r[L];
-#pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) {
-            r[j] = x0 + j < NX ? acc[y][x0 + j < NX ? x0 + j : 0] : V::zero();
-          }
-          V::transpose(r);
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) {
-            const uint32_t now = m[l] >> x0 & ((1u << L) - 1u);
-            if (now) finish(r[l], to[l] + f * plane + x0, now);
-          }
-        }
-      }
-    }
-  }
-};
-
-// ... and lanes that are pixels are stored as they are.
-template <class V, class S>
-struct ToPixels {
-  const Finish<V, S>& finish;
-  int64_t offset, pitch;  // of the block's first pixel in filter 0; elements between filters
-  int64_t pixels;         // left in the row of pixels
-
-  template <int NY, int NX>
-  SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
-    static_assert(NY == 1, "a row of pixels");
-#pragma GCC unroll 16
-    for (int x = 0; x < NX; ++x) {
-      const uint32_t mask = range_mask<V::L>(x * V::L, 0, pixels);
-      if (mask) finish(acc[0][x], offset + f * pitch + x * V::L, mask);
-    }
-  }
-};
-
-// All filters of the chunk over one panel, for one block of output positions.
-template <class V, class Weights, class Sink, int NY, int NX>
-void csr_rows(const RowArgs<V>& args, Weights weights, Sink sink) {
-  using reg = typename V::reg;
-  using T = typename V::T;
-  const RowArgs<V> a = args;
-  T* partial = a.partial;
-  for (int64_t f = 0; f < a.filters; ++f, partial += NY * NX * V::L) {
-    a.prefetcher->visit();
-    reg acc[NY][NX];
-    if (a.first_panel) {
-      const reg b = V::set1(a.bias[f]);
-#pragma GCC unroll 8
-      for (int y = 0; y < NY; ++y) {
-#pragma GCC unroll 16
-        for (int x = 0; x < NX; ++x) acc[y][x] = b;
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int y = 0; y < NY; ++y) {
-#pragma GCC unroll 16
-        for (int x = 0; x < NX; ++x) acc[y][x] = V::load(partial + (y * NX + x) * V::L);
-      }
-    }
-    weights.filter(f, a.panel, [&](T value, const T* tap) __attribute__((always_inline)) {
-      const reg w = V::set1(value);
-#pragma GCC unroll 8
-      for (int y = 0; y < NY; ++y) {
-#pragma GCC unroll 16
-        for (int x = 0; x < NX; ++x) {
-          acc[y][x] = V::fmadd(w, V::load(tap + y * a.row_pitch + x * V::L), acc[y][x]);
-        }
-      }
-    });
-    sink.template store<NY, NX>(acc, partial, f);
-  }
-}
-
-template <class V, class Weights, class Sink>
-using RowKernel = void (*)(const RowArgs<V>&, Weights, Sink);
-
-template <class V, class Weights, class Sink, int MaxVectors, int NY, int NX>
-constexpr RowKernel<V, Weights, Sink> row_kernel() {
-  if constexpr (cpu::csr_block_is_legal(NY, NX, Weights::template max_vectors<MaxVectors>())) {
-    return &csr_rows<V, Weights, Sink, NY, NX>;
-  } else {
-    return nullptr;
-  }
-}
-
-#define SPARSECNN_CELL(NY, NX) row_kernel<V, Weights, Sink, MaxVectors, NY, NX>()
-#define SPARSECNN_ROW(NY)                                                                       \
-  {                                                                                             \
-    nullptr, SPARSECNN_CELL(NY, 1), SPARSECNN_CELL(NY, 2), SPARSECNN_CELL(NY, 3),               \
-        SPARSECNN_CELL(NY, 4), SPARSECNN_CELL(NY, 5), SPARSECNN_CELL(NY, 6),                    \
-        SPARSECNN_CELL(NY, 7), SPARSECNN_CELL(NY, 8), nullptr, SPARSECNN_CELL(NY, 10), nullptr, \
-        SPARSECNN_CELL(NY, 12), nullptr, SPARSECNN_CELL(NY, 14)                                 \
-  }
-
-template <class V, class Weights, class Sink, int MaxVectors>
-RowKernel<V, Weights, Sink> find_row_kernel(int32_t ny, int32_t nx) {
-  static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNy + 1][cpu::kMaxNx + 1] = {
-      {}, SPARSECNN_ROW(1), SPARSECNN_ROW(2), SPARSECNN_ROW(3), SPARSECNN_ROW(4), {},
-      {}, SPARSECNN_ROW(7)};
-  return table[ny][nx];
-}
-
-template <class V, class Weights, class Sink, int MaxVectors>
-RowKernel<V, Weights, Sink> find_pixel_kernel(int32_t nx) {
-  static constexpr RowKernel<V, Weights, Sink> table[cpu::kMaxNx + 1] = SPARSECNN_ROW(1);
-  return table[nx];
-}
-
-#undef SPARSECNN_ROW
-#undef SPARSECNN_CELL
 
 template <class V, class S>
 class CsrConv2d : private CsrTiles<V, S> {
@@ -272,19 +58,19 @@ class CsrConv2d : private CsrTiles<V, S> {
   using Base::finish_;
   using Base::in_place;
   using Base::L;
-  using Base::list_rows;
-  using Base::place_block;
-  using Base::prefetch_in_place;
-  using Base::prefetch_rows;
-  using Base::worth_prefetching;
   using Base::lane_;
+  using Base::list_rows;
   using Base::pack;
   using Base::panel_;
   using Base::params_;
+  using Base::place_block;
   using Base::place_rows;
   using Base::plan_;
+  using Base::prefetch_in_place;
+  using Base::prefetch_rows;
   using Base::s_;
   using Base::unpack;
+  using Base::worth_prefetching;
   using Base::x0_;
   using Base::y0_;
 

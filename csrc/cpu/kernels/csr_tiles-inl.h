@@ -11,7 +11,7 @@
 #include <stddef.h>
 
 #include "cpu/csr_plan.h"
-#include "cpu/vec.h"
+#include "cpu/kernels/epilogue-inl.h"
 
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
@@ -22,59 +22,6 @@ using cpu::CsrPlan;
 constexpr int64_t kPrefetchIn = 4, kPrefetchOut = 2, kPrefetchPixels = 64;
 // Inputs that large are prefetched block by block.
 constexpr int64_t kPrefetchedBytes = 1 << 20;
-
-// Bits [lo, hi) of a mask over positions [first, first + L).
-template <int L>
-SPARSECNN_INLINE uint32_t range_mask(int64_t first, int64_t lo, int64_t hi) {
-  int64_t a = lo - first, b = hi - first;
-  a = a < 0 ? 0 : (a > L ? L : a);
-  b = b < 0 ? 0 : (b > L ? L : b);
-  if (b <= a) return 0;
-  return ((1u << b) - 1u) & ~((1u << a) - 1u);
-}
-
-template <class V>
-SPARSECNN_INLINE typename V::reg activate(typename V::reg v, Activation activation) {
-  using reg = typename V::reg;
-  switch (activation) {
-    case Activation::kNone:
-      return v;
-    case Activation::kRelu:  // max(0, v) in this order keeps a NaN
-      return V::max(V::zero(), v);
-    case Activation::kRelu6:
-      return V::min(V::set1(6), V::max(V::zero(), v));
-    case Activation::kSilu: {
-      const reg e = V::exp(V::mul(v, V::set1(-1)));
-      return V::div(v, V::add(V::set1(1), e));
-    }
-    case Activation::kHardswish: {
-      const reg t = V::min(V::set1(6), V::max(V::zero(), V::add(v, V::set1(3))));
-      return V::mul(v, V::mul(t, V::set1(typename V::T(1) / 6)));
-    }
-  }
-  return v;
-}
-
-// Residual, activation and store of one vector of neighbouring output elements.
-template <class V, class S>
-struct Finish {
-  S* y;
-  const S* residual;  // like y, or null
-  Activation activation;
-
-  SPARSECNN_INLINE void operator()(typename V::reg v, int64_t offset, uint32_t mask) const {
-    if (residual) v = V::add(v, V::load_mask(residual + offset, mask));
-    V::store_mask(y + offset, activate<V>(v, activation), mask);
-  }
-  // Two rows of at most L/2 elements.
-  SPARSECNN_INLINE void pair(typename V::reg v, int64_t lo, uint32_t mask_lo, int64_t hi,
-                             uint32_t mask_hi) const {
-    if (residual) {
-      v = V::add(v, V::load_pair(residual + lo, mask_lo, residual + hi, mask_hi));
-    }
-    V::store_pair(y + lo, mask_lo, y + hi, mask_hi, activate<V>(v, activation));
-  }
-};
 
 // Input of the next block, brought to L2 by the row loop of this one, a few rows per visit of a
 // filter: no hardware prefetcher follows rows that lie a plane apart.
@@ -168,8 +115,7 @@ class CsrTiles {
   // The rows of one channel that the placed block reads.
   void list_rows(int64_t c0) {
     const int64_t size = sizeof(S), plane = s_.h * s_.w;
-    first_channel_ =
-        reinterpret_cast<const char*>(static_cast<const S*>(params_.x) + c0 * plane);
+    first_channel_ = reinterpret_cast<const char*>(static_cast<const S*>(params_.x) + c0 * plane);
     rows_ = 0;
     if (plan_.interleaved) {
       const int64_t p0 = x0_ * L, pixels = int64_t{plan_.nx} * plan_.super_x * L;
@@ -191,9 +137,10 @@ class CsrTiles {
   Prefetcher prefetch_rows(int64_t filters) const {
     const int64_t channels = rows_ == 0 ? 0 : s_.channels_per_group();
     const int64_t visits = plan_.channel_blocks * plan_.super_y * plan_.super_x * filters;
-    return {first_channel_, row_, rows_, 0, row_bytes_,
-            s_.h * s_.w * static_cast<int64_t>(sizeof(S)), channels,
-            (channels * rows_ + visits - 1) / visits};
+    return {first_channel_, row_,
+            rows_,          0,
+            row_bytes_,     s_.h * s_.w * static_cast<int64_t>(sizeof(S)),
+            channels,       (channels * rows_ + visits - 1) / visits};
   }
 
   // An image read in place is prefetched panel by panel: the next one of this block, or the first
@@ -206,8 +153,14 @@ class CsrTiles {
     row_[0] = 0;
     const int64_t size = sizeof(T);
     const T* const first = in_place(group_c0 + c0, last ? x0 + plan_.nx : x0);
-    return {reinterpret_cast<const char*>(first), row_, 1, 0, plan_.nx * L * size, s_.w * size,
-            channels, (channels + filters - 1) / filters};
+    return {reinterpret_cast<const char*>(first),
+            row_,
+            1,
+            0,
+            plan_.nx * L * size,
+            s_.w * size,
+            channels,
+            (channels + filters - 1) / filters};
   }
 
   void pack(int64_t c0, int64_t channels) {
