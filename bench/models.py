@@ -125,6 +125,7 @@ def rows(
                 warmup=3,
                 min_time_s=0,
                 max_time_s=max_time_s,
+                settle=0,
                 device=device,
             )
             ms = {key: s.median_s * 1e3 for key, s in stats.items()}

@@ -1,10 +1,10 @@
 """How benchmarks time: the project's interleaved timer, warm or cold, and the roof of the machine.
 
 A contestant is a factory: called once it makes its own buffers and returns the function to time.
-Warm means one set of buffers, and an untimed run in front of every timed one, so that a run finds
-the caches as the contestant itself left them and not as its rival did. Cold means as many sets as
-overflow the last-level cache twice, used in turn, so that every run finds its input and weights in
-memory.
+Warm means one set of buffers, and a few untimed runs in front of every timed one, so that a run
+finds caches and branch predictors as the contestant itself left them and not as its rival did. Cold
+means as many sets as overflow the last-level cache twice, used in turn, so that every run finds its
+input and weights in memory and everything else as the rival left it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsecnn.measure.latency import LatencyStats, time_interleaved
 
 Run = Callable[[], object]
 MIN_RUNS = 20
-SETTLE = 1  # untimed runs in front of each timed one of a warm measurement
+SETTLE = 3  # untimed runs in front of each timed one of a warm measurement
 _MAX_SETS = 64  # a cold set per run is plenty beyond this
 _DEFAULT_CACHE_BYTES = 64 << 20
 
@@ -86,6 +86,7 @@ def measure(
     warmup: int = 5,
     min_time_s: float = 0.05,
     max_time_s: float | None = None,
+    settle: int = SETTLE,
     device: str = "cpu",
 ) -> dict[str, LatencyStats]:
     """Time contestants against each other, run by run in turn.
@@ -97,6 +98,8 @@ def measure(
         warmup: untimed rounds.
         min_time_s: timed time each contestant gets at least.
         max_time_s: budget of the whole measurement.
+        settle: untimed runs in front of each timed one of a warm measurement; 0 for networks,
+            which are larger than the caches.
         device: "cpu" or "cuda".
 
     Returns:
@@ -118,7 +121,7 @@ def measure(
         runs=runs,
         min_time_s=min_time_s,
         max_time_s=max_time_s,
-        settle=SETTLE if sets == 1 else 0,
+        settle=settle if sets == 1 else 0,
         device=device,
     )
 

@@ -94,6 +94,15 @@ def test_order_is_interleaved(clock: Clock, rotate: bool, order: str):
     assert "".join(clock.calls) == order
 
 
+def test_settling_runs_come_before_each_timed_one_and_are_not_counted(clock: Clock):
+    # The two settling runs of `a` take 9 ms each, the timed one 1 ms.
+    fns = {"a": clock.task("a", 9_000_000, 9_000_000, 1_000_000), "b": clock.task("b", 5_000_000)}
+    stats = time_interleaved(fns, warmup=0, runs=2, settle=2)
+    assert "".join(clock.calls) == "aaabbbbbbaaa"
+    assert stats["a"].median_s == pytest.approx(1e-3)
+    assert stats["a"].runs == stats["b"].runs == 2
+
+
 def test_warmup_is_interleaved_too(clock: Clock):
     time_interleaved({name: clock.task(name, 1) for name in "ab"}, warmup=2, runs=1)
     assert "".join(clock.calls) == "abab" + "ab"
@@ -199,6 +208,7 @@ def test_latency_and_throughput_of_a_model(clock: Clock):
         ({"fns": {"a": 3}}, TypeError, r"expected fns\['a'\] to be callable, got 3"),
         ({"warmup": -1}, ValueError, "expected warmup >= 0, got -1"),
         ({"warmup": True}, TypeError, "expected warmup to be an int, got True"),
+        ({"settle": -1}, ValueError, "expected settle >= 0, got -1"),
         ({"runs": 0}, ValueError, "expected runs >= 1, got 0"),
         ({"runs": 2.0}, TypeError, "expected runs to be an int, got 2.0"),
         ({"min_time_s": -0.1}, ValueError, "expected min_time_s >= 0 and finite, got -0.1"),
