@@ -32,11 +32,10 @@ constexpr double kScatterCycles = 8.0;         // per vector unpacked through a 
 constexpr double kCopyCycles = 3.5;            // per vector packed or unpacked as it is
 constexpr double kRowCycles = 4.0;             // per row of a copy: a new page and stream
 constexpr double kTouchCycles = 1.0;           // per packed vector and block, from L2 to L1
-constexpr double kPanelLimit = 384 << 10;      // bytes of a panel
 constexpr int64_t kScratchBudget = 640 << 10;  // bytes of panel and partial sums
+constexpr int64_t kLeastFilters = 16;          // of a chunk
 // Scratch may take what is left of 1.2 times input and output after the output itself.
 constexpr double kScratchShare = 1.2;
-constexpr int64_t kCacheLine = 64, kL1Sets = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -124,15 +123,14 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
   const auto try_channels = [&](int64_t want) {
     const int64_t panels = ceil_div(cg, want);
     const int64_t block = ceil_div(cg, panels);
-    const double super_bytes =
-        plan.in_place ? 0 : vecs * static_cast<double>(block * lanes * element_bytes);
-    if (want > in_l1 && super_bytes > kPanelLimit) return;
-    // Filters per chunk: the scratch of one thread stays in its share of L2, and all have work.
-    const int64_t filter_bytes = vectors * plan.super_y * plan.super_x * lanes * element_bytes +
-                                 (plan.streamed ? 4 : 4 * (panels + 2));
-    const int64_t budget = std::max<int64_t>(
-        plan.scratch_budget - static_cast<int64_t>(super_bytes), 32 * filter_bytes);
-    int64_t chunks = std::max<int64_t>(1, ceil_div(kg * filter_bytes, budget));
+    const int64_t super_bytes = csr_panel_bytes(plan, block, element_bytes);
+    // Filters per chunk: the scratch of one thread stays in its budget, and all have work.
+    const int64_t filter_bytes = csr_filter_bytes(plan, panels, element_bytes);
+    const int64_t left = plan.scratch_budget - super_bytes;
+    const bool fits = left >= std::min(kg, kLeastFilters) * filter_bytes;
+    if (!fits && (block > 1 || out_rows > plan.ny || out_cols > plan.nx)) return;
+    int64_t chunks = std::clamp<int64_t>(ceil_div(kg * filter_bytes, std::max<int64_t>(left, 1)), 1,
+                                         std::max<int64_t>(kg, 1));
     const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
     const auto imbalance = [&](int64_t c) {
       const double n = items * static_cast<double>(c);
@@ -167,7 +165,7 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
       chosen.filter_chunks = chunks;
     }
   };
-  for (const double grow : {0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0}) {
+  for (const double grow : {0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0}) {
     const auto want = static_cast<int64_t>(static_cast<double>(in_l1) * grow);
     try_channels(std::clamp<int64_t>(want, 1, cg));
     if (want >= cg) break;
@@ -230,7 +228,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
           }
           const double c =
               evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
-          if (best_cycles < 0 || c < best_cycles) {
+          if (c >= 0 && (best_cycles < 0 || c < best_cycles)) {
             best_cycles = c;
             best = plan;
           }
@@ -263,6 +261,21 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
 }
 
 }  // namespace
+
+int64_t csr_panel_bytes(const CsrPlan& plan, int64_t channels, int64_t element_bytes) {
+  if (plan.in_place) return 0;
+  const int64_t vector_bytes = plan.lanes * element_bytes;
+  int64_t pitch = int64_t{plan.rows} * plan.cols;
+  if (plan.super_y * plan.super_x > 1) {
+    pitch += (kPitchPads - 1) * std::max<int64_t>(1, kCacheLine / vector_bytes);
+  }
+  return channels * pitch * vector_bytes;
+}
+
+int64_t csr_filter_bytes(const CsrPlan& plan, int64_t panels, int64_t element_bytes) {
+  const int64_t vectors = int64_t{plan.ny} * plan.nx * plan.super_y * plan.super_x;
+  return (vectors * plan.lanes + 1) * element_bytes + (plan.streamed ? 0 : 4 * (panels + 1));
+}
 
 // Tap t of output i reads position i*stride + t*dil. Positions are ordered by phase (position mod
 // stride), then ascending, so that for every tap the n positions of n outputs are neighbours: the

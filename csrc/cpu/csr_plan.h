@@ -13,6 +13,9 @@
 
 namespace sparsecnn::cpu {
 
+inline constexpr int64_t kCacheLine = 64;
+inline constexpr int64_t kL1Sets = 64;  // of every x86 core with 32 or 48 KB
+
 // Entries past the end of the bounds table that the kernel may read.
 inline constexpr int64_t kBoundsPad = 4;
 
@@ -90,6 +93,12 @@ constexpr bool csr_block_is_legal(int32_t ny, int32_t nx, int32_t max_vectors) {
 // the pointers and max_chunk_filters. nnz is row_ptr[K].
 CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& machine,
                  int32_t threads);
+
+// Bytes of a panel of so many channels, at most, and of what a filter of a chunk takes beside it:
+// partial sums, bias, bounds.
+inline constexpr int64_t kPitchPads = 16;  // channel pitches that are tried
+int64_t csr_panel_bytes(const CsrPlan& plan, int64_t channels, int64_t element_bytes);
+int64_t csr_filter_bytes(const CsrPlan& plan, int64_t panels, int64_t element_bytes);
 
 // Whether x starts at a cache line; the choice of a plan may depend on it.
 inline bool csr_is_aligned(const CsrConv2dParams& params) {

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kCacheBytes = int64_t{512} << 20;  // all programs together
 constexpr size_t kCacheEntries = 4096;               // with a program or only seen once
-constexpr int64_t kCacheLine = 64;
-constexpr int64_t kL1Sets = 64;  // of every x86 core with 32 or 48 KB
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
@@ -56,7 +54,7 @@ int64_t spread_pitch(const CsrPlan& plan, int64_t element) {
   const int64_t channels = std::min<int64_t>(plan.channel_block, 64);
   const int64_t step = std::max<int64_t>(1, kCacheLine / vector_bytes);
   int64_t best = dense, best_load = INT64_MAX;
-  for (int64_t pad = 0; pad < 16; ++pad) {
+  for (int64_t pad = 0; pad < kPitchPads; ++pad) {
     const int64_t pitch = dense + pad * step;
     int64_t load[kL1Sets] = {};
     for (int64_t c = 0; c < channels; ++c) {
@@ -75,10 +73,37 @@ int64_t spread_pitch(const CsrPlan& plan, int64_t element) {
   return best;
 }
 
+// Cuts the filters of each group into chunks of about equal nonzeros. Where zeros are uneven a
+// chunk may hold many filters: then more chunks, until the largest fits the scratch.
+void cut_filters(CsrProgram& program, const CsrConv2dParams& params, int64_t element) {
+  CsrPlan& plan = program.plan;
+  const int64_t groups = plan.shape.groups, kg = plan.shape.filters_per_group();
+  const int64_t panel = csr_panel_bytes(plan, plan.channel_block, element);
+  const int64_t room =
+      (plan.scratch_budget - panel) / csr_filter_bytes(plan, plan.channel_blocks, element);
+  for (;; plan.filter_chunks += 1 + plan.filter_chunks / 8) {
+    program.chunk_begin.clear();
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t i = 0; i < plan.filter_chunks; ++i) {
+        program.chunk_begin.push_back(chunk_start(plan, params.row_ptr, g, i));
+      }
+    }
+    program.chunk_begin.push_back(plan.shape.k);
+    plan.max_chunk_filters = 0;
+    for (size_t i = 1; i < program.chunk_begin.size(); ++i) {
+      plan.max_chunk_filters =
+          std::max(plan.max_chunk_filters, program.chunk_begin[i] - program.chunk_begin[i - 1]);
+    }
+    if (plan.max_chunk_filters <= std::max<int64_t>(room, 1) || plan.filter_chunks >= kg) break;
+  }
+  plan.chunk_begin = program.chunk_begin.data();
+  plan.items = plan.image_groups * plan.blocks_y * plan.blocks_x * groups * plan.filter_chunks;
+}
+
 void lay_out(CsrProgram& program, const CsrConv2dParams& params) {
   CsrPlan& plan = program.plan;
   const ConvShape& s = plan.shape;
-  const int64_t element = element_bytes(params), chunks = s.groups * plan.filter_chunks;
+  const int64_t element = element_bytes(params);
   plan.channel_pitch = spread_pitch(plan, element);
 
   const int64_t taps = plan.channel_block * s.r * s.s;
@@ -101,18 +126,7 @@ void lay_out(CsrProgram& program, const CsrConv2dParams& params) {
   }
   for (int32_t j = 0; j < plan.cols; ++j) plan.col_slot[plan.col_source[j]] = j;
 
-  for (int64_t g = 0; g < s.groups; ++g) {
-    for (int64_t i = 0; i < plan.filter_chunks; ++i) {
-      program.chunk_begin.push_back(chunk_start(plan, params.row_ptr, g, i));
-    }
-  }
-  program.chunk_begin.push_back(s.k);
-  plan.chunk_begin = program.chunk_begin.data();
-  plan.max_chunk_filters = 0;
-  for (int64_t i = 0; i < chunks; ++i) {
-    plan.max_chunk_filters =
-        std::max(plan.max_chunk_filters, plan.chunk_begin[i + 1] - plan.chunk_begin[i]);
-  }
+  cut_filters(program, params, element);
 
   const int64_t sums =
       int64_t{plan.ny} * plan.nx * plan.super_y * plan.super_x * plan.lanes * element;

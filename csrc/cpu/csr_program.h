@@ -8,11 +8,11 @@
 // 7x7 map, so programs are kept between calls.
 //
 // Kept how: by the addresses of the weight's arrays, and checked by a hash of their contents on
-// every call, because a weight may change in place in ways no counter sees. 64 bits of hash: two
-// different weights at one address meet with a probability of 2^-64. A program that does not match
-// any more is never used; it could only compute wrong numbers, not read outside its panel. Programs
-// are kept from the second call with the same contents on, so that training steps and the
-// temporaries of gradients leave nothing behind, and the least recently used go first.
+// every call (kernels/hash-inl.h), because a weight may change in place in ways no counter sees. A
+// program that does not match any more is not used; had the hash missed a change, numbers would be
+// wrong, but nothing read outside the panel. Programs are kept from the second call with the same
+// contents on, so that training steps and the temporaries of gradients leave nothing behind, and
+// the least recently used go first.
 #pragma once
 #include <cstdint>
 #include <memory>

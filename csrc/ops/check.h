@@ -19,6 +19,11 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A string argument of an op. torch 2.13's own conversion to std::string leaks one string a call.
+struct Name {
+  std::string text;
+};
+
 inline DType dtype_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -94,3 +99,21 @@ inline void check_same(const Tensor& t, const Tensor& x, const char* op, const c
 }
 
 }  // namespace sparsecnn::ops
+
+namespace torch::stable::detail {
+
+template <>
+struct ToImpl<sparsecnn::ops::Name> {
+  static sparsecnn::ops::Name call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* text = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    sparsecnn::ops::Name name{std::string(text, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
+}  // namespace torch::stable::detail

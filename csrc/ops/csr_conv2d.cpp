@@ -146,9 +146,9 @@ Call prepare(const Tensor& x, const Tensor& values, const Tensor& col_idx, const
 Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_idx,
                       const Tensor& row_ptr, std::optional<Tensor> bias,
                       std::optional<Tensor> residual, Ints kernel_size, Ints stride, Ints padding,
-                      Ints dilation, int64_t groups, std::string activation) {
+                      Ints dilation, int64_t groups, Name activation) {
   Call call = prepare(x, values, col_idx, row_ptr, bias, residual,
-                      {kernel_size, stride, padding, dilation, groups}, activation);
+                      {kernel_size, stride, padding, dilation, groups}, activation.text);
   const CsrConv2dParams& params = call.params;
   STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
                   ": expected float32, bfloat16 or float64 on the CPU, got float16");
@@ -239,10 +239,10 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad_y, const Tensor& x, const T
 Tensor csr_conv2d_cuda(const Tensor& x, const Tensor& values, const Tensor& col_idx,
                        const Tensor& row_ptr, std::optional<Tensor> bias,
                        std::optional<Tensor> residual, Ints kernel_size, Ints stride, Ints padding,
-                       Ints dilation, int64_t groups, std::string activation) {
+                       Ints dilation, int64_t groups, Name activation) {
   const CudaGuard guard(x);
   Call call = prepare(x, values, col_idx, row_ptr, bias, residual,
-                      {kernel_size, stride, padding, dilation, groups}, activation);
+                      {kernel_size, stride, padding, dilation, groups}, activation.text);
   STD_TORCH_CHECK(call.params.dtype != DType::kFloat64, kOp,
                   ": expected float32, float16 or bfloat16 on CUDA, got float64");
   guard.check(cuda::csr_conv2d(call.params, guard.stream()), kOp);

@@ -6,8 +6,8 @@ namespace sparsecnn::ops {
 namespace {
 
 std::string isa() { return cpu::kernels().isa; }
-bool set_isa(std::string name) { return cpu::set_isa(name.c_str()); }
-bool isa_is_supported(std::string name) { return cpu::isa_is_supported(name.c_str()); }
+bool set_isa(Name name) { return cpu::set_isa(name.text.c_str()); }
+bool isa_is_supported(Name name) { return cpu::isa_is_supported(name.text.c_str()); }
 bool has_cuda() {
 #ifdef SPARSECNN_CUDA
   return true;
