@@ -182,8 +182,9 @@ def test_scratch_is_kept_and_given_back(isa: str) -> None:
     before = in_use()
     for _ in range(4):
         assert in_new_thread(more_calls) <= SLACK
-    # Four threads that keep theirs would hold four times the scratch.
-    assert in_use() - before < scratch
+    # Four threads that keep theirs would hold four times the scratch. The last one may still be
+    # on its way out: Python joins a thread before the system has taken down its storage.
+    assert in_use() - before < 2 * scratch
 
 
 @pytest.mark.parametrize("op", ["csr_conv2d", "csr_conv2d_grad_values"])
@@ -225,7 +226,8 @@ def test_the_copy_of_a_weight(dtype: torch.dtype, isa: str) -> None:
     for _ in range(5):
         fresh.values.mul_(-1).add_(1)
         call(fresh)
-    assert in_use() - before <= SLACK, "contents seen once were kept"
+    unkept = in_use() - before
+    assert unkept <= fresh.nnz, "contents seen once were kept"  # a copy has 8 bytes per entry
     for _ in range(5):
         call(fresh)
     kept = in_use() - before
