@@ -79,7 +79,9 @@ def csr_conv2d(
 
     Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the
     filter's L nonzeros, so the error is at most ``L * eps * conv(|x|, |W|)``; the result is bitwise
-    the same at any thread count. Cost: ``2 * nnz * N * P * Q`` FLOPs.
+    the same at any thread count. Cost: ``2 * nnz * N * P * Q`` FLOPs. On the CPU, scratch and
+    output stay within 1.2 times input and output (32 KB a thread for the smallest), and a weight
+    called again is kept in kernel order: 8 bytes per nonzero, 512 MiB in all.
 
     Raises:
         ValueError: a shape, device or option that does not fit; names it and the value.
@@ -275,9 +277,6 @@ def _autocast(
     if isinstance(weight, CSRWeight):
         weight = replace(weight, values=cast(weight.values))
     return cast(x), weight, cast(bias), cast(residual)
-
-
-# ---- autograd ------------------------------------------------------------------------------------
 
 
 def _grad_input(
