@@ -22,8 +22,8 @@ from ..nn import CSRConv2d, CSRLinear, FusedConv2d
 from .copy import LAYOUTS, MEMORY_FORMATS, duplicate, in_layout
 from .fold import crop_input, rounding, term_magnitude
 
-# A sparse kernel does one multiply-add per nonzero at about half the rate of a dense one, which
-# does them all; with this share of nonzeros none has won, so the time to try is saved.
+# A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
+# which does them all; with this share of nonzeros none has won, so the time to try is saved.
 MAX_DENSITY = 0.7
 # Time for all candidates of one layer, both layouts; at least 5 rounds run whatever it takes.
 LAYER_BUDGET_S = 1.5
