@@ -79,7 +79,8 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
       static_cast<double>(csr_pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
       csr_pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
 
-  const int64_t cg = s.channels_per_group(), kg = s.filters_per_group();
+  // An image without channels has one panel, of nothing.
+  const int64_t cg = std::max<int64_t>(1, s.channels_per_group()), kg = s.filters_per_group();
   const double nnz_g = nnz / static_cast<double>(s.groups);
   const double items =
       static_cast<double>(plan.image_groups * plan.blocks_y * plan.blocks_x * s.groups);

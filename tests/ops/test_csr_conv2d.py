@@ -286,3 +286,16 @@ def test_unknown_isa_is_refused() -> None:
     with pytest.raises(ValueError, match=r"avx1024"):
         sparsecnn.set_isa("avx1024")
     assert sparsecnn.isa() == before
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 4, 28])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_channels_leave_the_bias(
+    kernel: int, size: int, layout: torch.memory_format, isa: str
+) -> None:
+    weight = sparsecnn.CSRWeight.from_dense(torch.zeros(3, 0, kernel, kernel))
+    x = torch.zeros(2, 0, size, size).contiguous(memory_format=layout)
+    bias = torch.tensor([1.0, -2.0, 3.0])
+    y = sparsecnn.ops.csr_conv2d(x, weight, bias, padding=kernel // 2, activation="relu")
+    assert torch.equal(y, bias.relu()[None, :, None, None].expand(2, 3, size, size))

@@ -1,12 +1,12 @@
 // The two sides of csr_conv2d's panel: pack brings input pixels into lanes, unpack takes output
-// lanes back to pixels and finishes them. Included by csr_conv2d-inl.h, whose header explains the
-// plan.
+// lanes back to NHWC pixels and finishes them (NCHW outputs leave from the row loop,
+// csr_rows-inl.h). Included by csr_conv2d-inl.h, whose header explains the plan.
 //
-// Packing reads every input vector once per item and writes panel vectors; unpacking is the only
-// place that touches the output. Both are transposes of L x L blocks except for pointwise NCHW
-// layers, where lanes are neighbouring pixels and both are copies. Sources and destinations lie a
-// plane apart, which no hardware prefetcher follows: prefetching them took packing and unpacking
-// from 33 % to 23 % of a 3x3 layer at 90 % (64 channels, 56x56).
+// Packing reads every input vector once per item and writes panel vectors. Both sides are
+// transposes of L x L blocks, or of half that width; in pointwise NCHW layers, where lanes are
+// neighbouring pixels, packing is a copy or nothing at all. Rows lie a plane apart, which no
+// hardware prefetcher follows: prefetching them took packing and unpacking from 33 % to 23 % of a
+// 3x3 layer at 90 % (64 channels, 56x56).
 #pragma once
 #include <stddef.h>
 
