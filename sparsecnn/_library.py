@@ -23,7 +23,8 @@ def _load() -> None:
     if not _LIBRARY.exists():
         raise ImportError(
             f"sparsecnn: expected the compiled library at {_LIBRARY}, got none; "
-            "build it with `pip install .` (or `pip install -e .`) in the source tree"
+            "build it with `pip install .` (or `pip install -e .`) in the source tree; if that is "
+            "done, start Python in another folder: here the sources hide the installed package"
         )
     try:
         torch.ops.load_library(str(_LIBRARY))

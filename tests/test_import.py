@@ -133,6 +133,7 @@ def test_a_missing_library_says_what_to_do(tmp_path: Path) -> None:
     done = run_python(code)
     assert done.returncode != 0
     assert "ImportError: sparsecnn: expected the compiled library at" in done.stderr
+    assert "start Python in another folder" in done.stderr
     assert "pip install" in done.stderr
 
 
