@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import models, suite_csr
 from bench.cases import DENSITIES, LAYERS
-from bench.timing import MIN_RUNS, fma_roof_gflops, keep_memory
+from bench.timing import MIN_RUNS, SETTLE, fma_roof_gflops, keep_memory
 from sparsecnn.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"))
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--cold", action="store_true", help="rotate buffers past the cache")
+    parser.add_argument(
+        "--unsettled",
+        action="store_true",
+        help="time right behind the rival, with the C library's own memory settings",
+    )
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in dense CUDA kernels")
     parser.add_argument("--no-roof", action="store_true", help="do not measure the FMA roof")
     parser.add_argument("--quick", action="store_true", help="three cases, two sparsities")
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one suite; returns the exit status."""
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    kept = keep_memory()
+    kept = not options.unsettled and keep_memory()
     if options.isa:
         sparsecnn.set_isa(options.isa)
     if options.device == "cuda":
@@ -166,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=options.device,
             dtype=DTYPES[options.dtype],
             cold=options.cold,
+            settle=0 if options.unsettled else SETTLE,
             runs=runs,
             max_time_s=budget,
             roof_gflops=roof,
@@ -208,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = {
             "schema": 1,
             "suite": options.suite,
-            "mode": "cold" if options.cold else "warm",
+            "mode": "cold" if options.cold else "unsettled" if options.unsettled else "warm",
             "threads": options.threads,
             "batch": options.batch,
             "device": options.device,

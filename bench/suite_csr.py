@@ -93,6 +93,7 @@ def rows(
     device: str,
     dtype: torch.dtype,
     cold: bool,
+    settle: int,
     runs: int,
     max_time_s: float | None,
     roof_gflops: float | None,
@@ -106,6 +107,7 @@ def rows(
         device: "cpu" or "cuda".
         dtype: of data and weights.
         cold: rotate buffers past the last-level cache.
+        settle: untimed runs in front of each timed one of a warm measurement.
         runs: timed rounds of each measurement.
         max_time_s: budget of one measurement.
         roof_gflops: to give rates as a share of, if known.
@@ -126,6 +128,7 @@ def rows(
             stats = measure(
                 factories,
                 cold_bytes=touched if cold else None,
+                settle=settle,
                 runs=runs,
                 max_time_s=max_time_s,
                 device=device,
