@@ -101,6 +101,18 @@ def test_layout_of_the_fastest_model_is_taken(timer: Callable[..., FakeTimer]) -
     assert net[0].weight.is_contiguous()
 
 
+@pytest.mark.parametrize("noisy, layout", [(0, "channels_last"), (2, "channels_last"), (9, None)])
+def test_noise_costs_the_better_layout_only_if_it_stays(
+    noisy: int, layout: str | None, timer: Callable[..., FakeTimer]
+) -> None:
+    originals = {"original contiguous": 9.0, "original channels_last": 5.0}
+    fake = timer(folded=20.0, swapped=20.0, **originals)
+    fake.noisy_model_rounds = noisy
+    fast = accelerate(_net(), torch.randn(X))
+    assert _sparse(fast) == 0
+    assert fast.report.layout == (layout or "contiguous")  # the user's own wins a tie
+
+
 def test_everything_is_put_back_when_the_whole_model_is_not_faster(
     timer: Callable[..., FakeTimer],
 ) -> None:
