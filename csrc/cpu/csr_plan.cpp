@@ -252,12 +252,13 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     plan.lx = machine.lanes;
     plan.interleaved = true;
     consider(plan);
+    // A stream's offsets are 32-bit bytes, which a panel of a huge image in place could exceed.
+    const int64_t group_bytes = plan.shape.channels_per_group() * plan.shape.w * element;
     plan.in_place = params.layout == Layout::kNCHW && params.dtype != DType::kBFloat16 &&
-                    plan.shape.w % machine.lanes == 0 && csr_is_aligned(params);
+                    plan.shape.w % machine.lanes == 0 && csr_is_aligned(params) &&
+                    group_bytes <= INT32_MAX;
     if (plan.in_place) consider(plan);
   }
-  best.items =
-      best.image_groups * best.blocks_y * best.blocks_x * best.shape.groups * best.filter_chunks;
   return best;
 }
 

@@ -89,8 +89,8 @@ constexpr bool csr_block_is_legal(int32_t ny, int32_t nx, int32_t max_vectors) {
   return height && width && ny * nx <= max_vectors;
 }
 
-// Chooses lanes, block, channel block and chunks by a cost model in cycles; fills everything but
-// the pointers and max_chunk_filters. nnz is row_ptr[K].
+// Chooses lanes, block, channel block and chunks by a cost model in cycles. The program fills the
+// rest: pitch, items, chunks, pointers, scratch. nnz is row_ptr[K].
 CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& machine,
                  int32_t threads);
 
