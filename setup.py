@@ -27,11 +27,13 @@ sys.path.insert(0, str(ROOT / "_build"))
 from backend import TORCH_REQUIREMENT, find_torch  # noqa: E402
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020A000000000000ULL"  # torch 2.10
+# Every unit in csrc/cpu/kernels is compiled once per instruction set.
 ISA_FLAGS = {
-    "isa_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "scalar": "",
+    "avx2": "-DSPARSECNN_ISA_AVX2 -mavx2 -mfma -mf16c",
     # The intrinsics of GCC 12 pass an undefined register on purpose, which it then warns about.
-    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
-    " -Wno-uninitialized -Wno-maybe-uninitialized",
+    "avx512": "-DSPARSECNN_ISA_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
+    " -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
 }
 WARNINGS = "-Wall -Wextra -Werror=return-type"
 
@@ -75,15 +77,23 @@ class NinjaFile:
             "rule link\n command = $ld -shared $in -o $out $fl",
         ]
 
-    def objects(self, folder: str, pattern: str, rule: str = "cxx", flags: str = "") -> list[str]:
+    def objects(
+        self, folder: str, pattern: str, rule: str = "cxx", flags: str = "", prefix: str = ""
+    ) -> list[str]:
         """One object per matching source, sorted so that builds are reproducible."""
         out = []
         for src in sorted((CSRC / folder).glob(pattern)):
-            obj = self.build_dir / f"{folder}_{src.name}.o"
-            isa = ISA_FLAGS.get(src.name, "") if os.uname().machine == "x86_64" else ""
-            fl = f"{flags} {isa}"
-            self.lines.append(f"build {quote(obj)}: {rule} {quote(src)}\n fl = {fl}")
+            obj = self.build_dir / f"{prefix or folder}_{src.name}.o"
+            self.lines.append(f"build {quote(obj)}: {rule} {quote(src)}\n fl = {flags}")
             out.append(quote(obj))
+        return out
+
+    def kernels(self) -> list[str]:
+        """One object per CPU kernel unit and instruction set of this kind of machine."""
+        names = ISA_FLAGS if os.uname().machine == "x86_64" else ("scalar",)
+        out = []
+        for name in names:
+            out += self.objects("cpu/kernels", "*.cpp", flags=ISA_FLAGS[name], prefix=name)
         return out
 
     def link(self, target: Path, objects: list[str], linker: str, flags: str) -> None:
@@ -129,7 +139,7 @@ class NinjaBuild(build_ext):
         glue = f"-isystem {quote(torch)}/include {STABLE_ABI}"
         if cuda:
             glue += " -DSPARSECNN_CUDA"
-        kernels = ninja.objects("cpu", "*.cpp")
+        kernels = ninja.objects("cpu", "*.cpp") + ninja.kernels()
         ops = kernels + ninja.objects("ops", "*.cpp", flags=glue)
         linker, link_flags = cxx, f"-L{quote(torch)}/lib -ltorch_cpu"
         if cuda:

@@ -12,20 +12,24 @@ namespace sparsecnn {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum class Layout : int32_t { kNCHW = 0, kNHWC = 1 };
 
-// y = activation(conv(x, W) + bias + residual), W in CSR over its lowered matrix
-// (K, C/G * R * S). Accumulation is float32 (float64 for float64 data), columns ascending.
-struct CsrConv2dParams {
+// What every convolution has: y = activation(conv(x, W) + bias + residual). Accumulation is float32
+// (float64 for float64 data).
+struct ConvParams {
   ConvShape shape;
-  DType dtype;    // of x, values, bias, residual and y
+  DType dtype;    // of x, bias, residual, y and the weight's values
   Layout layout;  // of x, residual and y
   Activation activation;
-  const void* x;           // (N, C, H, W)
+  const void* x;         // (N, C, H, W)
+  const void* bias;      // (K) or null
+  const void* residual;  // like y, or null
+  void* y;               // (N, K, P, Q)
+};
+
+// W in CSR over its lowered matrix (K, C/G * R * S); accumulated by ascending columns.
+struct CsrConv2dParams : ConvParams {
   const void* values;      // (nnz)
   const int32_t* col_idx;  // (nnz), ascending within a row
   const int32_t* row_ptr;  // (K + 1)
-  const void* bias;        // (K) or null
-  const void* residual;    // like y, or null
-  void* y;                 // (N, K, P, Q)
 };
 
 // grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]

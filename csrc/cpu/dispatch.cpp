@@ -6,8 +6,29 @@
 
 #include "cpu/kernel_table.h"
 
-namespace sparsecnn::cpu {
+namespace sparsecnn {
+
+// What the kernel units define for one instruction set, and its table. An op adds a line to each.
+#define SPARSECNN_UNITS(isa)                \
+  namespace isa {                           \
+  extern const cpu::CsrKernels csr_kernels; \
+  }
+#define SPARSECNN_TABLE(isa, name) {name, isa::csr_kernels}
+
+SPARSECNN_UNITS(isa_scalar)
+#if defined(__x86_64__)
+SPARSECNN_UNITS(isa_avx2)
+SPARSECNN_UNITS(isa_avx512)
+#endif
+
+namespace cpu {
 namespace {
+
+const KernelTable kScalarKernels = SPARSECNN_TABLE(isa_scalar, "scalar");
+#if defined(__x86_64__)
+const KernelTable kAvx2Kernels = SPARSECNN_TABLE(isa_avx2, "avx2");
+const KernelTable kAvx512Kernels = SPARSECNN_TABLE(isa_avx512, "avx512");
+#endif
 
 struct Candidate {
   const KernelTable* table;
@@ -71,4 +92,5 @@ bool set_isa(const char* name) {
   return true;
 }
 
-}  // namespace sparsecnn::cpu
+}  // namespace cpu
+}  // namespace sparsecnn

@@ -8,24 +8,22 @@
 
 namespace sparsecnn::cpu {
 
-struct KernelTable {
-  const char* isa;
-  CsrMachine csr_float;   // float32 and bfloat16 storage
-  CsrMachine csr_double;  // float64 storage
+struct CsrKernels {
+  CsrMachine of_float;   // float32 and bfloat16 storage
+  CsrMachine of_double;  // float64 storage
   // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
   // False when col_idx is corrupt; nothing outside the tensors is touched.
-  bool (*csr_conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end,
-                     void* scratch);
+  bool (*conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end, void* scratch);
   // Stored positions [begin, end); NCHW only.
-  void (*csr_conv2d_grad_values)(const CsrConv2dGradValuesParams&, int64_t begin, int64_t end);
+  void (*grad_values)(const CsrConv2dGradValuesParams&, int64_t begin, int64_t end);
   HashFunction content_hash;
 };
 
-extern const KernelTable kScalarKernels;
-#if defined(__x86_64__)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-#endif
+// One member per kernel unit, which defines it in the namespace of the instruction set.
+struct KernelTable {
+  const char* isa;
+  const CsrKernels& csr;
+};
 
 // The table in force: the best set that processor and operating system support, unless
 // SPARSECNN_ISA or set_isa() lowered it.

@@ -1,7 +1,7 @@
 // The vector types the CPU kernels are written in, one set per instruction set.
 //
-// Included once by each isa_*.cpp, which defines SPARSECNN_ISA (the namespace everything lands in)
-// and compiles with the flags of that instruction set. Nothing here may be reachable from another
+// Included by the kernel units, each compiled once per instruction set (cpu/isa.h),
+// with everything in the namespace SPARSECNN_ISA. Nothing here may be reachable from another
 // unit: a weak symbol compiled with AVX-512 that the linker hands to the scalar unit is an illegal
 // instruction on older machines, so every function is in the ISA's namespace, and no standard
 // header with inline functions is included.

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn._common import check_activation, inherit
-from sparsecnn.ops._check import Geometry, conv_geometry
+from sparsecnn.nn._common import ConvDropIn, check_activation, inherit, own_bias
 from sparsecnn.ops.csr_conv2d import csr_linear, run_csr_conv2d
 
 
 class _CSRLayer(nn.Module):
     """Storage, state dict and properties that both layers share."""
 
-    is_sparsecnn_layer = True
+    is_sparsecnn_layer: ClassVar[bool] = True
     weight_shape: tuple[int, int, int, int]
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -25,19 +23,12 @@ class _CSRLayer(nn.Module):
     row_ptr: Tensor
     activation: str
 
-    def _adopt(self, dense: nn.Conv2d | nn.Linear, activation: str) -> None:
-        check_activation(type(self).__name__, activation)
+    def _pack(self, dense: nn.Conv2d | nn.Linear) -> None:
         packed = CSRWeight.from_dense(dense.weight)
         self.weight_shape = packed.shape
         self.values = nn.Parameter(packed.values, requires_grad=dense.weight.requires_grad)
         self.register_buffer("col_idx", packed.col_idx)
         self.register_buffer("row_ptr", packed.row_ptr)
-        bias = dense.bias
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias.detach().clone())  # a bias with a mask attached
-        self.register_parameter("bias", bias)
-        self.activation = activation
-        inherit(self, dense)
 
     @property
     def weight(self) -> CSRWeight:
@@ -56,6 +47,15 @@ class _CSRLayer(nn.Module):
 
     def _dense_shape(self) -> tuple[int, ...]:
         return self.weight_shape
+
+    def _dense_weight(self) -> Tensor:
+        return self.weight.to_dense().detach().reshape(self._dense_shape())
+
+    def _weight_requires_grad(self) -> bool:
+        return self.values.requires_grad
+
+    def _format_repr(self) -> str:
+        return f", density={self.density:.3f}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
@@ -94,122 +94,21 @@ class _CSRLayer(nn.Module):
         )
 
 
-class CSRConv2d(_CSRLayer):
+class CSRConv2d(_CSRLayer, ConvDropIn):
     """``nn.Conv2d`` with a sparse weight, and a fused activation and residual.
 
     The arguments are those of ``nn.Conv2d`` and all are honoured; a fresh layer is initialised as
-    ``nn.Conv2d`` is, with every entry stored. Usually made by ``from_dense`` from a pruned layer.
+    ``nn.Conv2d`` is, with every entry stored. Usually made by ``from_dense``, which packs the exact
+    nonzeros of a pruned layer.
 
     State dict: ``values``, ``col_idx``, ``row_ptr``, ``bias``; a dense ``weight`` loads too.
     ``values`` and ``bias`` are trainable; training moves kept entries only.
     """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: Any
-    _geometry: Geometry
-    _padded_first: tuple[int, int, int, int] | None
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: str = "none",
-    ) -> None:
-        super().__init__()
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
-        self._adopt_conv(conv, activation)
-
-    def _adopt_conv(self, conv: nn.Conv2d, activation: str) -> None:
-        self._adopt(conv, activation)
-        for name in (
-            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
-            "groups", "padding_mode",
-        ):  # fmt: skip
-            setattr(self, name, getattr(conv, name))
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        pads = [top, bottom, left, right]
-        # What F.pad does in front of the op, for a padding_mode that is not zeros.
-        self._padded_first = None
-        if self.padding_mode != "zeros" and any(pads):
-            self._padded_first = left, right, top, bottom
-            pads = [0, 0, 0, 0]
-        self._geometry = conv_geometry(
-            "CSRConv2d", conv.kernel_size, conv.stride, pads, conv.dilation
-        )
-
-    @classmethod
-    def from_dense(cls, conv: nn.Conv2d, *, activation: str = "none") -> CSRConv2d:
-        """Pack a convolution: its exact nonzeros, bias, flags and hooks.
-
-        Masks of ``torch.nn.utils.prune`` and parametrizations are baked in.
-
-        Raises:
-            TypeError: ``conv`` is not an ``nn.Conv2d``.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"CSRConv2d: expected conv an nn.Conv2d, got {type(conv).__name__}")
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._adopt_conv(conv, activation)
-        return self
-
-    def to_dense(self) -> nn.Conv2d:
-        """The dense convolution with the same weight and bias; the activation is not in it."""
-        values = self.values
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, self.padding_mode, "meta",
-            values.dtype,
-        )  # fmt: skip
-        dense = self.weight.to_dense().detach()
-        conv.weight = nn.Parameter(dense, requires_grad=values.requires_grad)
-        conv.register_parameter("bias", self.bias)
-        inherit(conv, self)
-        return conv
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C, H, W)`` or ``(C, H, W)`` to ``(N, K, P, Q)`` or ``(K, P, Q)``.
-
-        Args:
-            x: input in either memory format, which the output keeps.
-            residual: like the output, added before the activation.
-        """
-        if x.dim() == 3:
-            r = None if residual is None else residual.unsqueeze(0)
-            return self.forward(x.unsqueeze(0), r).squeeze(0)
-        if self._padded_first is not None:
-            x = F.pad(x, self._padded_first, mode=self.padding_mode)
+    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return run_csr_conv2d(
             x, self.weight, self.bias, residual, self._geometry, self.groups, self.activation
         )
-
-    def extra_repr(self) -> str:
-        """Arguments of the convolution, then density and activation."""
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, bias={self.bias is not None}"
-        )
-        return f"{text}, density={self.density:.3f}, activation={self.activation}"
 
 
 class CSRLinear(_CSRLayer):
@@ -229,7 +128,11 @@ class CSRLinear(_CSRLayer):
         self._adopt_linear(nn.Linear(in_features, out_features, bias, device, dtype), activation)
 
     def _adopt_linear(self, linear: nn.Linear, activation: str) -> None:
-        self._adopt(linear, activation)
+        check_activation(type(self).__name__, activation)
+        self._pack(linear)
+        self.register_parameter("bias", own_bias(linear))
+        self.activation = activation
+        inherit(self, linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     @classmethod
@@ -251,12 +154,11 @@ class CSRLinear(_CSRLayer):
 
     def to_dense(self) -> nn.Linear:
         """The dense layer with the same weight and bias; the activation is not in it."""
-        values = self.values
+        dense = self._dense_weight()
         linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, "meta", values.dtype
+            self.in_features, self.out_features, self.bias is not None, "meta", dense.dtype
         )
-        dense = self.weight.to_dense().detach().reshape(self._dense_shape())
-        linear.weight = nn.Parameter(dense, requires_grad=values.requires_grad)
+        linear.weight = nn.Parameter(dense, requires_grad=self._weight_requires_grad())
         linear.register_parameter("bias", self.bias)
         inherit(linear, self)
         return linear
@@ -269,6 +171,6 @@ class CSRLinear(_CSRLayer):
         """Arguments of the layer, then density and activation."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, density={self.density:.3f}, "
+            f"bias={self.bias is not None}{self._format_repr()}, "
             f"activation={self.activation}"
         )

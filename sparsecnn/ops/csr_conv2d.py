@@ -18,13 +18,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.formats.csr import CSRWeight, transpose_indices
-from sparsecnn.ops._check import Geometry, check_conv, conv_geometry, out_extent
+from sparsecnn.ops._check import Geometry, check_conv, conv_geometry
+from sparsecnn.ops._common import (
+    activation_slope,
+    autocast_is_on,
+    autocast_to,
+    dtypes_for,
+    fake_output,
+    is_eager,
+)
 
 _OP = "csr_conv2d"
 _csr_conv2d_op = torch.ops.sparsecnn.csr_conv2d.default
 _plain_geometry = functools.lru_cache(maxsize=256)(functools.partial(conv_geometry, _OP))
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(
@@ -42,8 +48,9 @@ def _check(
             "pack a dense weight with CSRWeight.from_dense"
         )
     arrays = {"values": weight.values, "col_idx": weight.col_idx, "row_ptr": weight.row_ptr}
-    dtypes = _CUDA_DTYPES if isinstance(x, Tensor) and x.is_cuda else _CPU_DTYPES
-    check_conv(_OP, x, weight.shape, arrays, bias, residual, geometry, groups, activation, dtypes)
+    check_conv(
+        _OP, x, weight.shape, arrays, bias, residual, geometry, groups, activation, dtypes_for(x)
+    )
 
 
 def csr_conv2d(
@@ -88,18 +95,13 @@ def csr_conv2d(
         TypeError: a dtype that is not supported or does not match.
     """
     # Exact ints only: to a cache 1.0 is 1, but it must be refused.
-    if type(stride) is int and type(padding) is int and type(dilation) is int and _is_eager(x):
+    if type(stride) is int and type(padding) is int and type(dilation) is int and is_eager(x):
         shape = weight.shape if isinstance(weight, CSRWeight) else (0, 0, 1, 1)
         geometry = _plain_geometry(shape[2:], stride, padding, dilation)
     else:
         kernel_size = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
         geometry = conv_geometry(_OP, kernel_size, stride, padding, dilation)
     return run_csr_conv2d(x, weight, bias, residual, geometry, groups, activation)
-
-
-def _is_eager(x: object) -> bool:
-    """Whether the op's own checks will see x: a real tensor outside any tracing."""
-    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling()
 
 
 def run_csr_conv2d(
@@ -116,11 +118,14 @@ def run_csr_conv2d(
     A call that the C++ checks accept is not checked in Python as well. Python and dispatcher take
     18 us of a call in a warm loop, 50 to 110 behind another layer that has emptied the caches.
     """
-    if isinstance(x, Tensor) and _autocast_is_on(x.device.type):
-        x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    if autocast_is_on(x):
+        cast = autocast_to(x)
+        if isinstance(weight, CSRWeight):
+            weight = replace(weight, values=cast(weight.values))
+        x, bias, residual = cast(x), cast(bias), cast(residual)
     arguments = (x, weight, bias, residual, geometry, groups, activation)
     seen_by_op = (
-        _is_eager(x)
+        is_eager(x)
         and isinstance(weight, CSRWeight)
         and x.dim() == 4
         # What the op cannot know, and what decides which implementation sees the arguments.
@@ -211,16 +216,7 @@ def _fake(
             f"{col_idx.shape[0]}"
         ),
     )
-    n, _, h, w = x.shape
-    p = out_extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
-    q = out_extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (n, row_ptr.shape[0] - 1, p, q),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    return fake_output(x, row_ptr.shape[0] - 1, kernel_size, stride, padding, dilation)
 
 
 @torch.library.register_fake("sparsecnn::csr_conv2d_grad_values")
@@ -259,24 +255,6 @@ def _flops_grad_values(
 
 # A direct call of the op casts to the default of its device; csr_conv2d to the dtype in force.
 torch.library.register_autocast("sparsecnn::csr_conv2d", "cpu", torch.bfloat16)
-
-
-def _autocast_is_on(device_type: str) -> bool:
-    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(
-    x: Tensor, weight: CSRWeight, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, CSRWeight, Tensor | None, Tensor | None]:
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(t: Any) -> Any:
-        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if eligible else t
-
-    if isinstance(weight, CSRWeight):
-        weight = replace(weight, values=cast(weight.values))
-    return cast(x), weight, cast(bias), cast(residual)
 
 
 def _grad_input(
@@ -325,20 +303,6 @@ def _grad_input(
     return out
 
 
-def _activation_slope(activation: str, y: Tensor, z: Tensor | None) -> Tensor:
-    """Derivative of the activation, from its output y (relu, relu6) or its input z."""
-    if activation == "relu":
-        return (y > 0).to(y.dtype)
-    if activation == "relu6":
-        return ((y > 0) & (y < 6)).to(y.dtype)
-    assert z is not None
-    if activation == "silu":
-        sigmoid = torch.sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
-    slope = torch.where(z < -3, torch.zeros_like(z), z / 3 + 0.5)
-    return torch.where(z > 3, torch.ones_like(z), slope)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, col_idx, row_ptr, bias, residual, *geometry, activation = inputs
     by_output = activation in ("relu", "relu6")
@@ -362,7 +326,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             z = torch.ops.sparsecnn.csr_conv2d.default(
                 x, values, col_idx, row_ptr, bias, residual, *ctx.geometry, "none"
             )
-        grad = grad * _activation_slope(ctx.activation, y, z)
+        grad = grad * activation_slope(ctx.activation, y, z)
     need = ctx.needs_input_grad
     grad_x = _grad_input(grad, x, values, col_idx, row_ptr, *ctx.geometry) if need[0] else None
     grad_values = None

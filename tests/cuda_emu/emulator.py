@@ -54,12 +54,12 @@ class ForwardParams(ctypes.Structure):
         ("layout", ctypes.c_int32),
         ("activation", ctypes.c_int32),
         ("x", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("col_idx", ctypes.c_void_p),
-        ("row_ptr", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
     ]
 
 

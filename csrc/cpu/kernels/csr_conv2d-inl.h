@@ -1,6 +1,6 @@
 // csr_conv2d on the CPU: y = act(conv(x, W) + bias + residual), W in CSR over (K, C/G * R * S).
 //
-// Included by every isa_*.cpp; the plan (cpu/csr_plan.h) says how the call is cut, the program
+// The plan (cpu/csr_plan.h) says how the call is cut, the program
 // (cpu/csr_program.h) holds the weight in the order of the loop.
 //
 // Who owns what. An item is (super-block of output positions) x (group) x (chunk of filters). A

@@ -1,6 +1,5 @@
-// Fills the kernel table of one instruction set; the last thing an isa_*.cpp includes.
-// SPARSECNN_TABLE names the table, SPARSECNN_MAX_VECTORS the accumulators its registers hold.
-#pragma once
+// csr_conv2d of one instruction set.
+#include "cpu/isa.h"
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/csr_conv2d-inl.h"
 #include "cpu/kernels/csr_conv2d_grad_values-inl.h"
@@ -13,8 +12,8 @@ namespace {
 constexpr int32_t kDoubleVectors = 8;
 constexpr int64_t kPanelBytes = 24 << 10;  // three quarters of a 32 KB L1; the rest is partial sums
 
-bool csr_conv2d(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begin, int64_t end,
-                void* scratch) {
+bool conv2d(const CsrConv2dParams& params, const cpu::CsrPlan& plan, int64_t begin, int64_t end,
+            void* scratch) {
   switch (params.dtype) {
     case DType::kFloat32:
       return csr_conv2d_typed<VecFloat, float, SPARSECNN_MAX_VECTORS>(params, plan, begin, end,
@@ -30,7 +29,7 @@ bool csr_conv2d(const CsrConv2dParams& params, const CsrPlan& plan, int64_t begi
   return false;
 }
 
-void csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, int64_t begin, int64_t end) {
+void grad_values(const CsrConv2dGradValuesParams& params, int64_t begin, int64_t end) {
   switch (params.dtype) {
     case DType::kFloat32:
       return csr_conv2d_grad_values_typed<VecFloat, float>(params, begin, end);
@@ -44,19 +43,15 @@ void csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, int64_t beg
 }
 
 }  // namespace
-}  // namespace SPARSECNN_ISA
 
-namespace cpu {
-
-extern const KernelTable SPARSECNN_TABLE;
-const KernelTable SPARSECNN_TABLE = {
-    SPARSECNN_ISA_NAME,
-    {SPARSECNN_ISA::VecFloat::L, SPARSECNN_MAX_VECTORS, SPARSECNN_ISA::kPanelBytes},
-    {SPARSECNN_ISA::VecDouble::L, SPARSECNN_ISA::kDoubleVectors, SPARSECNN_ISA::kPanelBytes},
-    &SPARSECNN_ISA::csr_conv2d,
-    &SPARSECNN_ISA::csr_conv2d_grad_values,
-    &SPARSECNN_ISA::content_hash,
+extern const cpu::CsrKernels csr_kernels;
+const cpu::CsrKernels csr_kernels = {
+    {VecFloat::L, SPARSECNN_MAX_VECTORS, kPanelBytes},
+    {VecDouble::L, kDoubleVectors, kPanelBytes},
+    &conv2d,
+    &grad_values,
+    &content_hash,
 };
 
-}  // namespace cpu
+}  // namespace SPARSECNN_ISA
 }  // namespace sparsecnn
