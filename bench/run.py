@@ -26,13 +26,13 @@ import sparsecnn
 # the package itself, so that an installed one is not hidden by the sources.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import models, suite_csr
-from bench.cases import DENSITIES, LAYERS
+from bench import suite_csr, suite_models
+from bench.suite import Settings, Suite
 from bench.timing import MIN_RUNS, SETTLE, fma_roof_gflops, keep_memory
 from sparsecnn.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("csr", "models")
+SUITES: dict[str, Suite] = {"csr": suite_csr, "models": suite_models}
 # IQR over median beyond which a measurement says more about the neighbours than about the kernel.
 NOISY = 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,12 +41,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; usage errors exit with status 2."""
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=tuple(SUITES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--density", type=float, nargs="+", metavar="D", help="shares of nonzeros")
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help="letters, or model names")
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="cases of the suite")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"))
@@ -59,11 +59,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in dense CUDA kernels")
     parser.add_argument("--no-roof", action="store_true", help="do not measure the FMA roof")
-    parser.add_argument("--quick", action="store_true", help="three cases, two sparsities")
+    parser.add_argument("--quick", action="store_true", help="few cases, few sparsities, few runs")
     options = parser.parse_args(argv)
-    known = tuple(LAYERS) if options.suite == "csr" else None
+    known = SUITES[options.suite].NAMES
     for name in options.layers or ():
-        if known is not None and name not in known:
+        if name not in known and options.suite != "models":  # any name of timm
             parser.error(f"expected --layers among {', '.join(known)}, got {name}")
     for density in options.density or ():
         if not 0 < density <= 1:
@@ -134,7 +134,7 @@ def show(suite: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
             numbers.append("-" if value is None else f"{scale * value:.{digits}f}")
         style = "green" if r["ratio"] > 1 else "red"
         table.add_row(
-            f"{r['case']}  {r['label']}" if suite == "csr" else r["label"],
+            r["label"],
             f"{100 * r['sparsity']:.0f}",
             *(f"{r['ms'][name]:.3f}" for name in names),
             f"[{style}]{r['ratio']:.2f}[/]",
@@ -156,41 +156,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
         torch.backends.cudnn.allow_tf32 = options.tf32
     roof = None
-    if options.device == "cpu" and options.suite == "csr" and not options.no_roof:
+    if options.device == "cpu" and options.suite != "models" and not options.no_roof:
         roof = fma_roof_gflops(options.threads)
 
-    quick_density = (0.2, 0.1)
-    runs = MIN_RUNS if options.quick else options.runs
-    budget = 10.0 if options.quick else 60.0
-    if options.suite == "csr":
-        layers = options.layers or (["a", "c", "f"] if options.quick else list(LAYERS))
-        results = suite_csr.rows(
-            layers=layers,
-            densities=options.density or (quick_density if options.quick else DENSITIES),
+    suite = SUITES[options.suite]
+    results = suite.rows(
+        Settings(
+            names=options.layers or (suite.QUICK if options.quick else suite.NAMES),
+            densities=options.density
+            or (suite.QUICK_DENSITIES if options.quick else suite.DENSITIES),
             batch=options.batch,
             device=options.device,
             dtype=DTYPES[options.dtype],
             cold=options.cold,
             settle=0 if options.unsettled else SETTLE,
-            runs=runs,
-            max_time_s=budget,
+            runs=MIN_RUNS if options.quick else options.runs,
+            max_time_s=10.0 if options.quick else 60.0,
             roof_gflops=roof,
         )
-    else:
-        sparsities: Sequence[float] = models.SPARSITIES
-        if options.density:
-            sparsities = tuple(round(1 - d, 6) for d in options.density)
-        elif options.quick:
-            sparsities = (0.9,)
-        names = options.layers or (models.MODELS[2:] if options.quick else models.MODELS)
-        results = models.rows(
-            models=names,
-            sparsities=sparsities,
-            batch=options.batch,
-            device=options.device,
-            runs=runs,
-            max_time_s=budget,
-        )
+    )
     rows = []
     progress = Console(stderr=True)
     for row in results:

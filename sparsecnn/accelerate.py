@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ._accelerate.candidates import CANDIDATES, Settings
+from ._accelerate.choice import Settings
 from ._accelerate.copy import bake_, duplicate, replace_
+from ._accelerate.kernels import CANDIDATES
 from ._accelerate.model import Variants, check_folds, compare, decide
 from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..measure import LatencyStats, time_interleaved
 from ..nn.layout import apply_layout_
-from .candidates import Layer, Settings, build_dense, faster, surely_faster, unclear
+from .choice import Settings, faster, surely_faster, unclear
 from .copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from .fold import Folded
+from .kernels import Layer, build_dense
 from .record import is_channels_last, tensors_in
 from .survey import Site, make_layer
 

@@ -12,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..measure import LatencyStats, time_interleaved
 from ..nn import FusedConv2d
-from .candidates import Choice, Layer, Settings, Winner, choose
+from .choice import Choice, Settings, Winner, choose
 from .copy import MEMORY_FORMATS
 from .fold import Folded, all_finite, fold, foldable_modules
+from .kernels import Layer
 from .record import Call, Recording, record
 
 FilterFn = Callable[[nn.Module, str], bool]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsecnn.measure import LatencyStats
 from tests.models import prepare_torchvision
 
-_TIMED = ("_accelerate.candidates", "_accelerate.model", "_accelerate.survey")
+_TIMED = ("_accelerate.choice", "_accelerate.model", "_accelerate.survey")
 
 
 def stats(

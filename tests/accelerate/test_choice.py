@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecnn._accelerate import candidates
+from sparsecnn._accelerate import choice, kernels
 from sparsecnn._accelerate.model import compare, keep_good
 from sparsecnn.accelerate import accelerate, accelerate_
 from sparsecnn.measure import Report
@@ -203,27 +203,27 @@ class Wrong(nn.Module):
         return self.conv(x) * 1.01
 
 
-def _raise(layer: candidates.Layer) -> nn.Module:
+def _raise(layer: kernels.Layer) -> nn.Module:
     raise NotImplementedError("no kernel for this stride")
 
 
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda layer: Wrong(candidates.build_dense(layer, "contiguous")), "differs by"),
+        (lambda layer: Wrong(kernels.build_dense(layer, "contiguous")), "differs by"),
         (_raise, "no kernel for this stride"),
     ],
     ids=["wrong", "raises"],
 )
 def test_candidate_that_fails_is_out_with_the_reason(
-    build: Callable[[candidates.Layer], nn.Module],
+    build: Callable[[kernels.Layer], nn.Module],
     reason: str,
     timer: Callable[..., FakeTimer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     timer(broken=0.1)
-    broken = candidates.Candidate("broken", lambda layer: None, build)
-    monkeypatch.setitem(candidates.CANDIDATES, "broken", broken)
+    broken = kernels.Candidate("broken", lambda layer: None, build)
+    monkeypatch.setitem(kernels.CANDIDATES, "broken", broken)
     net = _net()
     fast = accelerate(net, torch.randn(X), candidates=["broken"])
     assert all(reason in layer.reason for layer in fast.report.layers)
@@ -390,23 +390,23 @@ def test_real_timer_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_faster_needs_margin_and_spread() -> None:
-    assert candidates.faster(stats(0.9), stats(1.0), 0.03)
-    assert not candidates.faster(stats(0.98), stats(1.0), 0.03)
-    assert not candidates.faster(stats(0.9, iqr_ms=1.0, runs=20), stats(1.0), 0.03)
-    assert candidates.faster(stats(0.9, iqr_ms=1.0, runs=2000), stats(1.0), 0.03)
-    assert candidates.spread(stats(1.0, iqr_ms=2.0, runs=4)) == pytest.approx(1.57e-3)
+    assert choice.faster(stats(0.9), stats(1.0), 0.03)
+    assert not choice.faster(stats(0.98), stats(1.0), 0.03)
+    assert not choice.faster(stats(0.9, iqr_ms=1.0, runs=20), stats(1.0), 0.03)
+    assert choice.faster(stats(0.9, iqr_ms=1.0, runs=2000), stats(1.0), 0.03)
+    assert choice.spread(stats(1.0, iqr_ms=2.0, runs=4)) == pytest.approx(1.57e-3)
 
 
 def test_fastest_runs_decide_where_only_the_spread_is_in_the_way() -> None:
     old = stats(1.0, iqr_ms=9.0, runs=80, min_ms=0.5)
     busy = stats(0.7, iqr_ms=9.0, runs=80, min_ms=0.3)
-    assert candidates.unclear(busy, old, 0.03) and candidates.surely_faster(busy, old, 0.03)
+    assert choice.unclear(busy, old, 0.03) and choice.surely_faster(busy, old, 0.03)
     same_floor = stats(0.7, iqr_ms=9.0, runs=80, min_ms=0.49)
-    assert not candidates.surely_faster(same_floor, old, 0.03)
+    assert not choice.surely_faster(same_floor, old, 0.03)
     few = stats(0.7, iqr_ms=9.0, runs=20, min_ms=0.3)
-    assert not candidates.surely_faster(few, old, 0.03)
+    assert not choice.surely_faster(few, old, 0.03)
     slower_median = stats(0.99, iqr_ms=9.0, runs=80, min_ms=0.3)
-    assert not candidates.surely_faster(slower_median, old, 0.03)
+    assert not choice.surely_faster(slower_median, old, 0.03)
 
 
 def test_keep_good_finds_the_bad_ones() -> None:

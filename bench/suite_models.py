@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.suite import Settings
 from bench.timing import Run, measure
 from sparsecnn.accelerate import accelerate
 from tests.models import create
 
-MODELS = ("resnet50", "vgg16", "mobilenetv2_100")
-SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
+NAMES = ("resnet50", "vgg16", "mobilenetv2_100")
+QUICK = ("mobilenetv2_100",)
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+QUICK_DENSITIES = (0.1,)
 # Folding and other summation orders move float32 outputs by a few roundings per layer.
 MAX_RELATIVE_ERROR = 1e-3
 
@@ -72,34 +75,17 @@ def model_factory(model: nn.Module, x: Tensor) -> Callable[[], Run]:
     return lambda: lambda: model(x)
 
 
-def rows(
-    *,
-    models: Sequence[str],
-    sparsities: Sequence[float],
-    batch: int,
-    device: str,
-    runs: int,
-    max_time_s: float | None,
-) -> Iterator[dict[str, Any]]:
-    """Measure every network at every sparsity; one row of the results at a time.
-
-    Args:
-        models: names of timm.
-        sparsities: shares of zeros of the masked convolutions.
-        batch: N, images of 224 x 224.
-        device: "cpu" or "cuda".
-        runs: timed rounds.
-        max_time_s: budget of one measurement.
-
-    Yields:
-        Plain dicts.
+def rows(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure every network at every sparsity, on images of 224 x 224; one row at a time.
 
     Raises:
         AssertionError: the accelerated model computes something else.
     """
+    batch, device = settings.batch, settings.device
     x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(device)
-    for name in models:
-        for sparsity in sparsities:
+    for name in settings.names:
+        for density in settings.densities:
+            sparsity = round(1 - density, 6)
             # Two eager copies: a layout is a property of the weights, so each needs its own.
             eager = {}
             for layout in ("contiguous", "channels_last"):
@@ -121,10 +107,10 @@ def rows(
             }
             stats = measure(
                 contestants,
-                runs=runs,
+                runs=settings.runs,
                 warmup=3,
                 min_time_s=0,
-                max_time_s=max_time_s,
+                max_time_s=settings.max_time_s,
                 settle=0,
                 device=device,
             )

@@ -1,0 +1,124 @@
+"""What may replace a layer: one table entry per kernel.
+
+A kernel joins `accelerate` by one `Candidate` in `CANDIDATES`: whether it applies to a layer (the
+reason when not) and how to build the layer. Dense is no entry: it is always a candidate, in both
+memory layouts, and wins ties.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from ..nn import CSRConv2d, CSRLinear, FusedConv2d
+from .copy import LAYOUTS, in_layout
+
+# A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
+# which does them all; with this share of nonzeros none has won, so the time to try is saved.
+MAX_DENSITY = 0.7
+_CSR_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+Dense: TypeAlias = "nn.Conv2d | nn.Linear"
+
+
+@dataclass(eq=False)
+class Layer:
+    """A dense layer to find a kernel for.
+
+    Attributes:
+        module: convolution or linear layer with everything folded into its weight and bias.
+        activation: fused into it, "none" for nothing.
+        inputs: recorded input shape -> number of calls with it per forward pass.
+        density: share of nonzero weights.
+    """
+
+    module: Dense
+    activation: str
+    inputs: dict[tuple[int, ...], int]
+    density: float
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The memory layouts there are for its input: two for 4-d input, else one."""
+        first = next(iter(self.inputs))
+        return LAYOUTS if isinstance(self.module, nn.Conv2d) and len(first) == 4 else LAYOUTS[:1]
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for layers whose candidates take the same time: geometry and density class."""
+        m = self.module
+        weight = m.weight
+        rows = weight.detach().flatten(1).ne(0).any(1)
+        geometry: tuple[object, ...] = ()
+        if isinstance(m, nn.Conv2d):
+            geometry = (m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+        return (
+            isinstance(m, nn.Conv2d), tuple(weight.shape), geometry, m.bias is None,
+            self.activation, weight.dtype, weight.device, tuple(self.inputs.items()),
+            round(self.density, 2), round(float(rows.float().mean()), 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that can replace a dense layer.
+
+    Attributes:
+        name: as in reports and in the argument `candidates`.
+        applies: why the kernel cannot run the layer, or cannot win; None when it may.
+        build: the layer with this kernel, activation included.
+        error_growth: its rounding over that of a direct sum of products.
+    """
+
+    name: str
+    applies: Callable[[Layer], str | None]
+    build: Callable[[Layer], nn.Module]
+    error_growth: float = 1.0
+
+
+def _csr_applies(layer: Layer) -> str | None:
+    m = layer.module
+    dtype, device = m.weight.dtype, m.weight.device.type
+    if dtype not in _CSR_DTYPES.get(device, ()):
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
+    if isinstance(m, nn.Conv2d):
+        if m.padding_mode != "zeros":
+            return f"padding_mode {m.padding_mode!r}"
+        if any(len(shape) != 4 for shape in layer.inputs):
+            return "input without a batch dimension"
+    if layer.density > MAX_DENSITY:
+        return f"density {layer.density:.2f} above {MAX_DENSITY}"
+    return None
+
+
+def _csr_build(layer: Layer) -> nn.Module:
+    m = layer.module
+    if isinstance(m, nn.Conv2d):
+        return CSRConv2d.from_dense(m, activation=layer.activation)
+    return CSRLinear.from_dense(m, activation=layer.activation)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    candidate.name: candidate for candidate in (Candidate("csr", _csr_applies, _csr_build),)
+}
+
+
+def build_dense(layer: Layer, layout: str) -> nn.Module:
+    """The dense layer with its activation fused and its weight in a memory layout."""
+    m = layer.module
+    shared = {id(p): p for p in m.parameters()}
+    if not isinstance(m, nn.Conv2d):
+        return copy.deepcopy(m, shared)
+    if layer.activation == "none":
+        built = copy.deepcopy(m, shared)
+    else:
+        built = FusedConv2d.from_dense(m, activation=layer.activation)
+    built.weight = nn.Parameter(in_layout(built.weight.detach(), layout), m.weight.requires_grad)
+    return built
