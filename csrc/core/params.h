@@ -45,4 +45,29 @@ struct CsrConv2dGradValuesParams {
   void* grad_values;       // (nnz)
 };
 
+// One stage of a chain: activation(conv(., W) + bias), W dense (groups = 1) or depthwise
+// (groups = C = K).
+struct ChainStage {
+  ConvShape shape;  // n is that of the chain
+  Activation activation;
+  const void* weight;        // (K, C/G, R, S)
+  int64_t weight_stride[4];  // elements, in that order
+  const void* bias;          // (K) or null
+};
+
+inline constexpr int32_t kMaxChainStages = 8;
+
+// y = activation_last(stages(x) + residual): the stages one after the other, where the last one adds
+// the residual before its activation.
+struct ChainConv2dParams {
+  int32_t stages;
+  ChainStage stage[kMaxChainStages];
+  int64_t n;
+  DType dtype;           // of every tensor
+  Layout layout;         // of x, residual and y
+  const void* x;         // (N, C, H, W)
+  const void* residual;  // like y, or null
+  void* y;               // (N, K, P, Q) of the last stage
+};
+
 }  // namespace sparsecnn

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "cpu/chain_plan.h"
 #include "cpu/csr_plan.h"
 
 namespace sparsecnn::cpu {
@@ -19,10 +20,19 @@ struct CsrKernels {
   HashFunction content_hash;
 };
 
+struct ChainKernels {
+  ChainMachine of_float;   // float32 and bfloat16 storage
+  ChainMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
+  void (*conv2d)(const ChainConv2dParams&, const ChainPlan&, int64_t begin, int64_t end,
+                 void* scratch);
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
+  const ChainKernels& chain;
 };
 
 // The table in force: the best set that processor and operating system support, unless

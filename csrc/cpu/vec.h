@@ -7,7 +7,7 @@
 // header with inline functions is included.
 //
 // A vector type V has: V::T (accumulation type), V::L (lanes), V::reg, and
-//   zero, set1, load, store (aligned, panel memory), fmadd, add, mul, div, max, min, exp,
+//   zero, set1, load, store (aligned, panel memory), load_any, store_any (any address), fmadd, add, mul, div, max, min, exp,
 //   load_mask<S> / store_mask<S> (storage type S in memory, only lanes whose mask bit is set are
 //   touched), transpose(reg (&)[L]); and the same for narrow rows, two to a register:
 //   load_pair<S> / store_pair<S> (the lower L/2 lanes at one address, the upper at another, masks
@@ -75,6 +75,8 @@ struct VecFloat {
   static SPARSECNN_INLINE reg zero() { return _mm512_setzero_ps(); }
   static SPARSECNN_INLINE reg load(const float* p) { return _mm512_load_ps(p); }
   static SPARSECNN_INLINE void store(float* p, reg v) { _mm512_store_ps(p, v); }
+  static SPARSECNN_INLINE reg load_any(const float* p) { return _mm512_loadu_ps(p); }
+  static SPARSECNN_INLINE void store_any(float* p, reg v) { _mm512_storeu_ps(p, v); }
   static SPARSECNN_INLINE reg fmadd(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static SPARSECNN_INLINE reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static SPARSECNN_INLINE reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
@@ -180,6 +182,8 @@ struct VecFloat {
   static SPARSECNN_INLINE reg zero() { return _mm256_setzero_ps(); }
   static SPARSECNN_INLINE reg load(const float* p) { return _mm256_load_ps(p); }
   static SPARSECNN_INLINE void store(float* p, reg v) { _mm256_store_ps(p, v); }
+  static SPARSECNN_INLINE reg load_any(const float* p) { return _mm256_loadu_ps(p); }
+  static SPARSECNN_INLINE void store_any(float* p, reg v) { _mm256_storeu_ps(p, v); }
   static SPARSECNN_INLINE reg fmadd(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static SPARSECNN_INLINE reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static SPARSECNN_INLINE reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }

@@ -59,6 +59,12 @@ struct VecPortable {
   static SPARSECNN_INLINE reg zero() { return set1(T(0)); }
   static SPARSECNN_INLINE reg load(const T* p) { return *reinterpret_cast<const reg*>(p); }
   static SPARSECNN_INLINE void store(T* p, reg v) { *reinterpret_cast<reg*>(p) = v; }
+  static SPARSECNN_INLINE reg load_any(const T* p) {
+    reg r;
+    memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static SPARSECNN_INLINE void store_any(T* p, reg v) { memcpy(p, &v, sizeof v); }
   static SPARSECNN_INLINE reg fmadd(reg a, reg b, reg c) { return a * b + c; }
   static SPARSECNN_INLINE reg add(reg a, reg b) { return a + b; }
   static SPARSECNN_INLINE reg mul(reg a, reg b) { return a * b; }

@@ -13,9 +13,9 @@ struct Geometry {
   int64_t groups;
 };
 
-// Refuses what would make a kernel read outside its tensors; a weight's own shape is the op's.
-inline ConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Geometry& g) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
+// Refuses what would make a kernel read outside an input of `size` (n, c, h, w).
+inline ConvShape conv_shape(const char* op, const int64_t (&size)[4], int64_t k,
+                            const Geometry& g) {
   STD_TORCH_CHECK(g.kernel_size.size() == 2 && g.stride.size() == 2 && g.dilation.size() == 2 &&
                       g.padding.size() == 4,
                   op,
@@ -26,7 +26,6 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ge
                     ", ", g.stride[i], ", ", g.dilation[i]);
   }
   ConvShape s{};
-  const auto size = x.sizes();
   s.n = size[0], s.c = size[1], s.h = size[2], s.w = size[3];
   s.k = k;
   s.r = g.kernel_size[0], s.s = g.kernel_size[1];
@@ -42,6 +41,12 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ge
                   s.r, ", ", s.s, ") with dilation (", s.dil_h, ", ", s.dil_w, ") on (", s.h, ", ",
                   s.w, ")");
   return s;
+}
+
+// A weight's own shape is the op's to check.
+inline ConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Geometry& g) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
+  return conv_shape(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, k, g);
 }
 
 // Keeps alive what the pointers of a ConvParams point to.

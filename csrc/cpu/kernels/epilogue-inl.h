@@ -38,6 +38,37 @@ SPARSECNN_INLINE typename V::reg activate(typename V::reg v, Activation activati
   return v;
 }
 
+// An activation known at compile time.
+template <Activation A>
+struct ActivationConstant {
+  static constexpr Activation value = A;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+template <int L>
+constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << L) - 1);
+
+// A vector of storage at any address of which only the lanes of `mask` exist; whole vectors of the
+// type of accumulation take the plain instruction.
+template <class V, class S>
+SPARSECNN_INLINE typename V::reg load_some(const S* p, uint32_t mask) {
+  if constexpr (kSame<S, typename V::T>) {
+    if (mask == kAllLanes<V::L>) return V::load_any(p);
+  }
+  return V::load_mask(p, mask);
+}
+template <class V, class S>
+SPARSECNN_INLINE void store_some(S* p, typename V::reg v, uint32_t mask) {
+  if constexpr (kSame<S, typename V::T>) {
+    if (mask == kAllLanes<V::L>) return V::store_any(p, v);
+  }
+  V::store_mask(p, v, mask);
+}
+
 // Residual, activation and store of one vector of neighbouring output elements.
 template <class V, class S>
 struct Finish {

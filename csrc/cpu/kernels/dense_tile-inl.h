@@ -1,0 +1,222 @@
+// The register tile of the dense kernels: a matrix product of M pixels and N vectors of channels,
+//   acc[m][n] = init[n] + sum over filter rows r, taps s, channels c of
+//               pixel_m[r][s * tap + c] * weight[(r * S + s) * C + c][n]
+// in that order, whatever the tile, so that an output has the same bits in every tile shape.
+//
+// Lanes are output channels: a weight vector is loaded once and meets M pixels, each a scalar that
+// the load broadcasts. Per channel that is N + M loads for M * N FMAs; with M * N = 28 (AVX-512)
+// the FMAs are the bound. Pixels are addressed from one base pointer in three: x86 offers base + 0,
+// 1 or 2 times a register, so 14 pixels cost five pointers instead of 14.
+#pragma once
+#include <stddef.h>
+
+#include "cpu/kernels/epilogue-inl.h"
+
+namespace sparsecnn {
+namespace SPARSECNN_ISA {
+
+// Filter rows and taps that every output of a run has in common.
+template <class T>
+struct DenseTaps {
+  const char* const* rows;  // (R): a run's first pixel at tap 0 of each filter row; null: only zeros
+  int64_t r, s, c;
+  ptrdiff_t tap;           // bytes between taps of a row
+  ptrdiff_t pixel;         // bytes between output pixels
+  ptrdiff_t weight_pitch;  // elements between channels
+};
+
+// M pixels at a fixed distance.
+template <int M>
+struct PixelBases {
+  static constexpr int kBases = (M + 2) / 3;
+  const char* base[kBases];
+
+  SPARSECNN_INLINE PixelBases(const char* first, ptrdiff_t pixel) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) base[i] = first + 3 * i * pixel;
+  }
+  template <class T>
+  SPARSECNN_INLINE const T* at(int m, ptrdiff_t pixel, ptrdiff_t offset = 0) const {
+    return reinterpret_cast<const T*>(base[m / 3] + (m % 3) * pixel + offset);
+  }
+  SPARSECNN_INLINE void advance(ptrdiff_t bytes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) base[i] += bytes;
+  }
+};
+
+// acc += pixels x weights over all taps, `first` bytes into the run.
+template <class V, int M, int N>
+SPARSECNN_INLINE void dense_accumulate(typename V::reg (&acc)[M][N],
+                                       const DenseTaps<typename V::T>& taps, ptrdiff_t first,
+                                       const typename V::T* weight) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  const ptrdiff_t pixel = taps.pixel, pitch = taps.weight_pitch;
+  const int64_t channels = taps.c;
+  for (int64_t r = 0; r < taps.r; ++r) {
+    const char* const row = taps.rows[r];
+    if (row == nullptr) {
+      weight += taps.s * channels * pitch;
+      continue;
+    }
+    for (int64_t s = 0; s < taps.s; ++s) {
+      PixelBases<M> x(row + first + s * taps.tap, pixel);
+      for (int64_t c = 0; c < channels; ++c) {
+        reg w[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) w[n] = V::load_any(weight + n * V::L);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const reg v = V::set1(*x.template at<T>(m, pixel));
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) acc[m][n] = V::fmadd(v, w[n], acc[m][n]);
+        }
+        x.advance(sizeof(T));
+        weight += pitch;
+      }
+    }
+  }
+}
+
+// Where the outputs of a run go: rows of `q` pixels, the run's first pixel at column 0.
+template <class S>
+struct OutputRows {
+  S* y;
+  const S* residual;     // at the same distances, or null
+  int64_t q;             // pixels of a row
+  ptrdiff_t pixel, row;  // elements between pixels, rows
+  Activation activation;
+};
+
+// The epilogue of a tile, one pixel after the other.
+template <class V, class S, int M, int N, class Activate>
+SPARSECNN_INLINE void store_pixels(typename V::reg (&acc)[M][N], const OutputRows<S>& out,
+                                   int64_t first, uint32_t last_mask, Activate&& activate) {
+  int64_t q = first % out.q;
+  ptrdiff_t at = first / out.q * out.row + q * out.pixel;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const uint32_t mask = n + 1 == N ? last_mask : kAllLanes<V::L>;
+      typename V::reg v = acc[m][n];
+      if (out.residual) v = V::add(v, load_some<V>(out.residual + at + n * V::L, mask));
+      store_some<V>(out.y + at + n * V::L, activate(v), mask);
+    }
+    at += out.pixel;
+    if (++q == out.q) {
+      q = 0;
+      at += out.row - out.q * out.pixel;
+    }
+  }
+}
+
+template <class V, class S, int M, int N>
+SPARSECNN_INLINE void store_tile(typename V::reg (&acc)[M][N], const OutputRows<S>& out,
+                                 int64_t first, uint32_t last_mask) {
+  using reg = typename V::reg;
+  const auto as = [&](auto constant) __attribute__((always_inline)) {
+    store_pixels<V, S, M, N>(acc, out, first, last_mask,
+                             [](reg v) __attribute__((always_inline)) {
+                               return activate<V>(v, decltype(constant)::value);
+                             });
+  };
+  switch (out.activation) {
+    case Activation::kNone:
+      return as(ActivationConstant<Activation::kNone>{});
+    case Activation::kRelu:
+      return as(ActivationConstant<Activation::kRelu>{});
+    case Activation::kRelu6:
+      return as(ActivationConstant<Activation::kRelu6>{});
+    case Activation::kSilu:
+    case Activation::kHardswish:
+      break;
+  }
+  // Long activations are not unrolled: the sums go through memory, where one loop finds them.
+  alignas(64) typename V::T sums[M * N * V::L];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) V::store(sums + (m * N + n) * V::L, acc[m][n]);
+  }
+  int64_t q = first % out.q;
+  ptrdiff_t at = first / out.q * out.row + q * out.pixel;
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      const uint32_t mask = n + 1 == N ? last_mask : kAllLanes<V::L>;
+      reg v = V::load(sums + (m * N + n) * V::L);
+      if (out.residual) v = V::add(v, load_some<V>(out.residual + at + n * V::L, mask));
+      store_some<V>(out.y + at + n * V::L, activate<V>(v, out.activation), mask);
+    }
+    at += out.pixel;
+    if (++q == out.q) {
+      q = 0;
+      at += out.row - out.q * out.pixel;
+    }
+  }
+}
+
+// A run of pixels that one block of weights meets.
+template <class V, class S>
+struct DenseRun {
+  DenseTaps<typename V::T> taps;
+  const typename V::T* weight;
+  const typename V::T* bias;  // (N * L)
+  uint32_t last_mask;         // channels of the last vector that exist
+  OutputRows<S> out;
+};
+
+template <class V, class S, int M, int N>
+void dense_tile(const DenseRun<V, S>& run, int64_t first) {
+  typename V::reg acc[M][N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const typename V::reg b = V::load(run.bias + n * V::L);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m][n] = b;
+  }
+  dense_accumulate<V, M, N>(acc, run.taps, first * run.taps.pixel, run.weight);
+  store_tile<V, S, M, N>(acc, run.out, first, run.last_mask);
+}
+
+template <class V, class S>
+using DenseTileKernel = void (*)(const DenseRun<V, S>&, int64_t);
+
+template <class V, class S, int MaxM, int M, int N>
+constexpr DenseTileKernel<V, S> dense_tile_kernel() {
+  if constexpr (M <= MaxM) {
+    return &dense_tile<V, S, M, N>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define SPARSECNN_CELL(M) dense_tile_kernel<V, S, MaxM, M, N>()
+template <class V, class S, int MaxM, int N>
+struct DenseTiles {
+  static_assert(MaxM <= 14, "the table is that long");
+  static constexpr DenseTileKernel<V, S> table[15] = {
+      nullptr,           SPARSECNN_CELL(1),  SPARSECNN_CELL(2),  SPARSECNN_CELL(3),
+      SPARSECNN_CELL(4), SPARSECNN_CELL(5),  SPARSECNN_CELL(6),  SPARSECNN_CELL(7),
+      SPARSECNN_CELL(8), SPARSECNN_CELL(9),  SPARSECNN_CELL(10), SPARSECNN_CELL(11),
+      SPARSECNN_CELL(12), SPARSECNN_CELL(13), SPARSECNN_CELL(14)};
+};
+#undef SPARSECNN_CELL
+
+// All pixels of a run, in tiles of nearly equal size.
+template <class V, class S, int MaxM>
+SPARSECNN_INLINE void dense_run(const DenseRun<V, S>& run, int64_t pixels, bool two_vectors) {
+  const DenseTileKernel<V, S>* const table =
+      two_vectors ? DenseTiles<V, S, MaxM, 2>::table : DenseTiles<V, S, MaxM, 1>::table;
+  const int64_t tiles = (pixels + MaxM - 1) / MaxM, size = pixels / tiles, larger = pixels % tiles;
+  int64_t first = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t m = size + (t < larger);
+    table[m](run, first);
+    first += m;
+  }
+}
+
+}  // namespace SPARSECNN_ISA
+}  // namespace sparsecnn

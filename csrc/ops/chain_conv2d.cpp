@@ -1,0 +1,158 @@
+// chain_conv2d: schema, checks, allocation.
+#include <algorithm>
+
+#include "cpu/kernel_table.h"
+#include "ops/conv.h"
+
+namespace sparsecnn::ops {
+namespace {
+
+constexpr const char* kOp = "chain_conv2d";
+constexpr int64_t kMaxFilterRows = 64;  // the kernel keeps an address for each
+
+struct Call {
+  std::vector<Tensor> kept;  // what the pointers point to
+  Tensor y;
+  ChainConv2dParams params;
+};
+
+// "relu6,relu6,none": one name per stage.
+std::vector<std::string> split(const std::string& names) {
+  std::vector<std::string> found(1);
+  for (const char c : names) {
+    if (c == ',') {
+      found.emplace_back();
+    } else {
+      found.back() += c;
+    }
+  }
+  return found;
+}
+
+ChainStage make_stage(const int64_t (&size)[4], const Tensor& x, const Tensor& weight,
+                      const Geometry& geometry) {
+  check_same(weight, x, kOp, "every weight");
+  STD_TORCH_CHECK(weight.dim() == 4, kOp,
+                  ": expected weights with 4 dimensions (K, C/G, R, S), got ", weight.dim());
+  const int64_t groups = geometry.groups;
+  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, kOp,
+                  ": expected stages with channels, got a weight with ", weight.size(0),
+                  " filters of ", weight.size(1), " channels");
+  STD_TORCH_CHECK(groups == 1 || (groups == size[1] && groups == weight.size(0)), kOp,
+                  ": expected stages dense (groups 1) or depthwise (groups = C = K), got groups ",
+                  groups, " with C = ", size[1], " and K = ", weight.size(0));
+  STD_TORCH_CHECK(weight.size(1) * groups == size[1], kOp, ": expected a weight for ", size[1],
+                  " channels, got ", weight.size(1), " in ", groups, " groups");
+  STD_TORCH_CHECK(weight.size(2) <= kMaxFilterRows, kOp, ": expected filters of at most ",
+                  kMaxFilterRows, " rows, got ", weight.size(2));
+  for (const int64_t pad : geometry.padding) {
+    STD_TORCH_CHECK(pad >= 0, kOp, ": expected padding >= 0, got ", pad);
+  }
+  ChainStage stage{};
+  stage.shape = conv_shape(kOp, size, weight.size(0), geometry);
+  stage.weight = weight.const_data_ptr();
+  for (int i = 0; i < 4; ++i) stage.weight_stride[i] = weight.strides()[i];
+  return stage;
+}
+
+Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
+             const std::vector<std::optional<Tensor>>& biases,
+             const std::optional<Tensor>& residual, const Ints& stride, const Ints& padding,
+             const Ints& dilation, const Ints& groups, const Name& activations) {
+  const size_t stages = weights.size();
+  const std::vector<std::string> names = split(activations.text);
+  STD_TORCH_CHECK(stages >= 1 && stages <= static_cast<size_t>(kMaxChainStages), kOp,
+                  ": expected 1 to ", kMaxChainStages, " stages, got ", stages);
+  STD_TORCH_CHECK(biases.size() == stages && names.size() == stages && groups.size() == stages &&
+                      stride.size() == 2 * stages && dilation.size() == 2 * stages &&
+                      padding.size() == 4 * stages,
+                  kOp,
+                  ": expected for each of ", stages,
+                  " stages a bias or None, 2 strides, 4 pads, 2 dilations, groups and an "
+                  "activation, got ",
+                  biases.size(), ", ", stride.size(), ", ", padding.size(), ", ", dilation.size(),
+                  ", ", groups.size(), ", ", names.size());
+  STD_TORCH_CHECK(x.dim() == 4, kOp, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
+  Call call{{}, Tensor(), {}};
+  ChainConv2dParams& p = call.params;
+  p.stages = static_cast<int32_t>(stages);
+  p.n = x.size(0);
+  p.dtype = dtype_of(x, kOp);
+  p.layout = layout_of(x);
+  call.kept.push_back(to_layout(x, p.layout));
+  p.x = call.kept.back().const_data_ptr();
+  int64_t size[4] = {x.size(0), x.size(1), x.size(2), x.size(3)};
+  for (size_t i = 0; i < stages; ++i) {
+    const auto part = [i](const Ints& all, size_t n) {
+      return Ints(all.begin() + i * n, all.begin() + (i + 1) * n);
+    };
+    const Tensor& weight = weights[i];
+    const Ints kernel =
+        weight.dim() == 4 ? Ints{weight.size(2), weight.size(3)} : Ints{1, 1};
+    ChainStage& stage = p.stage[i];
+    stage = make_stage(size, x, weight,
+                       {kernel, part(stride, 2), part(padding, 4), part(dilation, 2), groups[i]});
+    stage.activation = activation_of(names[i], kOp);
+    stage.bias = nullptr;
+    if (biases[i]) {
+      check_same(*biases[i], x, kOp, "every bias");
+      STD_TORCH_CHECK(biases[i]->dim() == 1 && biases[i]->size(0) == stage.shape.k, kOp,
+                      ": expected bias of shape (", stage.shape.k, ",)");
+      call.kept.push_back(as_contiguous(*biases[i]));
+      stage.bias = call.kept.back().const_data_ptr();
+    }
+    size[1] = stage.shape.k, size[2] = stage.shape.p, size[3] = stage.shape.q;
+  }
+  p.residual = nullptr;
+  if (residual) {
+    check_same(*residual, x, kOp, "residual");
+    bool fits = residual->dim() == 4;
+    for (int i = 0; fits && i < 4; ++i) fits = residual->size(i) == size[i];
+    STD_TORCH_CHECK(fits, kOp, ": expected residual of the output's shape (", size[0], ", ",
+                    size[1], ", ", size[2], ", ", size[3], ")");
+    call.kept.push_back(to_layout(*residual, p.layout));
+    p.residual = call.kept.back().const_data_ptr();
+  }
+  call.y = empty_like_layout(x, {size[0], size[1], size[2], size[3]}, p.layout);
+  p.y = call.y.mutable_data_ptr();
+  return call;
+}
+
+Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights,
+                        std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
+                        Ints stride, Ints padding, Ints dilation, Ints groups, Name activations) {
+  const Call call = prepare(x, weights, biases, residual, stride, padding, dilation, groups,
+                            activations);
+  const ChainConv2dParams& params = call.params;
+  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
+                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  if (call.y.numel() == 0) return call.y;
+
+  const cpu::ChainKernels& table = cpu::kernels().chain;
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const cpu::ChainPlan plan = cpu::plan_chain(
+      params, params.dtype == DType::kFloat64 ? table.of_double : table.of_float, threads);
+  const int64_t workers = std::min(threads, plan.items);
+  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
+                   base + w * plan.thread_bytes);
+    }
+  });
+  return call.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
+  m.def(
+      "chain_conv2d(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, int[] groups, str activations) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
+  m.impl("chain_conv2d", TORCH_BOX(&chain_conv2d_cpu));
+}
+
+}  // namespace sparsecnn::ops
