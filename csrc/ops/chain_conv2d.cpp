@@ -56,21 +56,24 @@ ChainStage make_stage(const int64_t (&size)[4], const Tensor& x, const Tensor& w
 }
 
 Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
-             const std::vector<std::optional<Tensor>>& biases,
-             const std::optional<Tensor>& residual, const Ints& stride, const Ints& padding,
+             const std::vector<Tensor>& biases, const std::optional<Tensor>& residual,
+             const Ints& has_bias, const Ints& stride, const Ints& padding,
              const Ints& dilation, const Ints& groups, const Name& activations) {
   const size_t stages = weights.size();
   const std::vector<std::string> names = split(activations.text);
   STD_TORCH_CHECK(stages >= 1 && stages <= static_cast<size_t>(kMaxChainStages), kOp,
                   ": expected 1 to ", kMaxChainStages, " stages, got ", stages);
-  STD_TORCH_CHECK(biases.size() == stages && names.size() == stages && groups.size() == stages &&
-                      stride.size() == 2 * stages && dilation.size() == 2 * stages &&
+  const size_t expected = std::count_if(has_bias.begin(), has_bias.end(),
+                                        [](int64_t has) { return has != 0; });
+  STD_TORCH_CHECK(has_bias.size() == stages && biases.size() == expected, kOp,
+                  ": expected has_bias for ", stages, " stages and as many biases, got ",
+                  has_bias.size(), " with ", expected, " of ", biases.size(), " biases");
+  STD_TORCH_CHECK(names.size() == stages && groups.size() == stages && stride.size() == 2 * stages && dilation.size() == 2 * stages &&
                       padding.size() == 4 * stages,
                   kOp,
                   ": expected for each of ", stages,
-                  " stages a bias or None, 2 strides, 4 pads, 2 dilations, groups and an "
-                  "activation, got ",
-                  biases.size(), ", ", stride.size(), ", ", padding.size(), ", ", dilation.size(),
+                  " stages 2 strides, 4 pads, 2 dilations, groups and an activation, got ",
+                  stride.size(), ", ", padding.size(), ", ", dilation.size(),
                   ", ", groups.size(), ", ", names.size());
   STD_TORCH_CHECK(x.dim() == 4, kOp, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
   Call call{{}, Tensor(), {}};
@@ -81,6 +84,7 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
   p.layout = layout_of(x);
   call.kept.push_back(to_layout(x, p.layout));
   p.x = call.kept.back().const_data_ptr();
+  size_t bias = 0;
   int64_t size[4] = {x.size(0), x.size(1), x.size(2), x.size(3)};
   for (size_t i = 0; i < stages; ++i) {
     const auto part = [i](const Ints& all, size_t n) {
@@ -94,11 +98,12 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
                        {kernel, part(stride, 2), part(padding, 4), part(dilation, 2), groups[i]});
     stage.activation = activation_of(names[i], kOp);
     stage.bias = nullptr;
-    if (biases[i]) {
-      check_same(*biases[i], x, kOp, "every bias");
-      STD_TORCH_CHECK(biases[i]->dim() == 1 && biases[i]->size(0) == stage.shape.k, kOp,
+    if (has_bias[i] != 0) {
+      const Tensor& b = biases[bias++];
+      check_same(b, x, kOp, "every bias");
+      STD_TORCH_CHECK(b.dim() == 1 && b.size(0) == stage.shape.k, kOp,
                       ": expected bias of shape (", stage.shape.k, ",)");
-      call.kept.push_back(as_contiguous(*biases[i]));
+      call.kept.push_back(as_contiguous(b));
       stage.bias = call.kept.back().const_data_ptr();
     }
     size[1] = stage.shape.k, size[2] = stage.shape.p, size[3] = stage.shape.q;
@@ -119,10 +124,10 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
 }
 
 Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights,
-                        std::vector<std::optional<Tensor>> biases, std::optional<Tensor> residual,
-                        Ints stride, Ints padding, Ints dilation, Ints groups, Name activations) {
-  const Call call = prepare(x, weights, biases, residual, stride, padding, dilation, groups,
-                            activations);
+                        std::vector<Tensor> biases, std::optional<Tensor> residual,
+                        Ints has_bias, Ints stride, Ints padding, Ints dilation, Ints groups, Name activations) {
+  const Call call = prepare(x, weights, biases, residual, has_bias, stride, padding, dilation,
+                            groups, activations);
   const ChainConv2dParams& params = call.params;
   STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
                   ": expected float32, bfloat16 or float64 on the CPU, got float16");
@@ -147,8 +152,8 @@ Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
   m.def(
-      "chain_conv2d(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, int[] stride, "
-      "int[] padding, int[] dilation, int[] groups, str activations) -> Tensor");
+      "chain_conv2d(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, "
+      "int[] has_bias, int[] stride, int[] padding, int[] dilation, int[] groups, str activations) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {

@@ -1,5 +1,6 @@
 """Packed weight formats: dense to packed and back, validated once."""
 
+from sparsecnn.formats.chain import ChainStage
 from sparsecnn.formats.csr import CSRWeight
 
-__all__ = ["CSRWeight"]
+__all__ = ["CSRWeight", "ChainStage"]

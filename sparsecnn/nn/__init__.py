@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsecnn.nn.chain import ChainConv2d
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
@@ -9,4 +10,11 @@ from sparsecnn.nn.layout import apply_layout_
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
 """Layers whose weight is stored in a packed format, by the name used in files."""
 
-__all__ = ["SPARSE_LAYERS", "CSRConv2d", "CSRLinear", "FusedConv2d", "apply_layout_"]
+__all__ = [
+    "SPARSE_LAYERS",
+    "CSRConv2d",
+    "CSRLinear",
+    "ChainConv2d",
+    "FusedConv2d",
+    "apply_layout_",
+]

@@ -45,8 +45,15 @@ def apply_layout_(model: nn.Module, layout: str) -> nn.Module:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _InputLayout):
             del model._forward_pre_hooks[key]
+    # A layer that keeps its weight in an order of its own computes in either format.
+    own = {
+        id(tensor)
+        for module in model.modules()
+        if getattr(module, "keeps_memory_format", False)
+        for tensor in (*module.parameters(), *module.buffers())
+    }
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dim() == 4:
+        if tensor.dim() == 4 and id(tensor) not in own:
             tensor.data = tensor.data.contiguous(memory_format=LAYOUTS[layout])
     model.register_forward_pre_hook(_InputLayout(layout))
     model._sparsecnn_layout = layout  # type: ignore[assignment]

@@ -1,5 +1,7 @@
 """Functional ops: one file per op, with its fake, autograd, autocast and FLOP formula."""
 
+from sparsecnn.formats.chain import ChainStage
+from sparsecnn.ops.chain_conv2d import chain_conv2d
 from sparsecnn.ops.csr_conv2d import csr_conv2d, csr_linear
 
-__all__ = ["csr_conv2d", "csr_linear"]
+__all__ = ["ChainStage", "chain_conv2d", "csr_conv2d", "csr_linear"]
