@@ -12,6 +12,7 @@ constexpr int64_t kRingBytes = 512 << 10;
 // from 69 to 92 GFLOP/s when its weights (pitch 1024 B) no longer did.
 constexpr int64_t kWeightFoldBytes = 1024;
 constexpr int64_t kPixelFoldBytes = 2048;
+constexpr int64_t kColumnFoldBytes = 256;  // a depthwise stage walks down columns of pixels
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 
@@ -24,6 +25,11 @@ bool accumulates_as_stored(DType dtype) {
 }
 
 bool is_pointwise(const ConvShape& s) { return s.r == 1 && s.s == 1; }
+
+// Rows that `out_rows` neighbouring output rows read.
+int64_t input_rows(const ConvShape& s, int64_t out_rows) {
+  return std::min(s.h, (out_rows - 1) * s.stride_h + (s.r - 1) * s.dil_h + 1);
+}
 
 // A first stage that is pointwise and skips pixels sees an image without them; one that skips none
 // in NHWC, alone in its chain, sees a single image of all rows.
@@ -63,7 +69,8 @@ void lay_out_input(const ChainConv2dParams& p, const ChainMachine& m, ChainPlan&
   const bool depthwise = s.groups > 1;
   b.rows = 1;
   b.pixel = round_up(s.c, m.lanes);
-  if (b.pixel * m.element_bytes % kPixelFoldBytes == 0) b.pixel += 64 / m.element_bytes;
+  const int64_t fold = depthwise ? kColumnFoldBytes : kPixelFoldBytes;
+  if (b.pixel * m.element_bytes % fold == 0) b.pixel += 64 / m.element_bytes;
   if (i == 0 && p.layout == Layout::kNHWC && accumulates_as_stored(p.dtype) && b.pixels == s.w &&
       plan.x_pixel * m.element_bytes % (2 * kPixelFoldBytes) != 0 &&
       (!depthwise || s.c % m.lanes == 0)) {
@@ -83,8 +90,7 @@ int64_t ring_bytes(const ChainConv2dParams& p, const ChainMachine& m, ChainPlan&
   int64_t out_rows = std::min(band, rows);
   for (int32_t i = p.stages - 1; i >= 0; --i) {
     const ConvShape& s = plan.shape[i];
-    const int64_t in_rows =
-        std::min(s.h, (out_rows - 1) * s.stride_h + (s.r - 1) * s.dil_h + 1);
+    const int64_t in_rows = input_rows(s, out_rows);
     ChainBuffer& b = plan.input[i];
     if (b.rows != 0) b.rows = in_rows;
     bytes += b.rows != 0 ? in_rows * b.row * m.element_bytes
@@ -154,11 +160,16 @@ ChainPlan plan_chain(const ChainConv2dParams& p, const ChainMachine& m, int64_t 
     b.offset = at;
     at = round_up(at + b.rows * b.row * m.element_bytes, 64);
   }
-  int64_t rows = 0;  // of the longest packed weight
-  for (int32_t i = 0; i < p.stages; ++i) {
+  int64_t rows = 0, addresses = 0;  // of the longest packed weight, of the longest table
+  int64_t out_rows = std::min(plan.band, last.p);
+  for (int32_t i = p.stages - 1; i >= 0; --i) {
     const ConvShape& s = plan.shape[i];
     rows = std::max(rows, (s.groups > 1 ? 1 : s.c) * s.r * s.s);
+    addresses = std::max(addresses, out_rows * s.r);
+    out_rows = input_rows(s, out_rows);
   }
+  plan.table_offset = at;
+  at = round_up(at + addresses * static_cast<int64_t>(sizeof(const char*)), 64);
   plan.slab_offset = at;
   at = round_up(at + rows * m.tile_vectors * m.lanes * m.element_bytes, 64);
   plan.out_offset = at;

@@ -44,6 +44,7 @@ struct ChainPlan {
   int64_t slab_parts;                  // ... and of the last stage's output channels
   int64_t items;                       // n * row_parts * slab_parts
   int64_t slab_offset;                 // bytes into the scratch: packed weights of a register tile
+  int64_t table_offset;                // addresses of filter rows, for each output row of a band
   int64_t out_offset;                  // a band of outputs waiting for their transposition (NCHW)
   int64_t out_pixel;                   // elements between its pixels
   int64_t thread_bytes;

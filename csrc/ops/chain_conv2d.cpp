@@ -8,7 +8,6 @@ namespace sparsecnn::ops {
 namespace {
 
 constexpr const char* kOp = "chain_conv2d";
-constexpr int64_t kMaxFilterRows = 64;  // the kernel keeps an address for each
 
 struct Call {
   std::vector<Tensor> kept;  // what the pointers point to
@@ -43,8 +42,6 @@ ChainStage make_stage(const int64_t (&size)[4], const Tensor& x, const Tensor& w
                   groups, " with C = ", size[1], " and K = ", weight.size(0));
   STD_TORCH_CHECK(weight.size(1) * groups == size[1], kOp, ": expected a weight for ", size[1],
                   " channels, got ", weight.size(1), " in ", groups, " groups");
-  STD_TORCH_CHECK(weight.size(2) <= kMaxFilterRows, kOp, ": expected filters of at most ",
-                  kMaxFilterRows, " rows, got ", weight.size(2));
   for (const int64_t pad : geometry.padding) {
     STD_TORCH_CHECK(pad >= 0, kOp, ": expected padding >= 0, got ", pad);
   }

@@ -15,8 +15,6 @@ from torch import Tensor
 
 MAX_STAGES = 8
 """Stages that one call takes."""
-MAX_FILTER_ROWS = 64
-"""Rows R that a stage's filter may have."""
 
 
 def channels_innermost(weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
-from sparsecnn.formats.chain import MAX_FILTER_ROWS, MAX_STAGES, ChainGeometry, ChainStage
+from sparsecnn.formats.chain import MAX_STAGES, ChainGeometry, ChainStage
 from sparsecnn.ops._check import check_conv, conv_geometry, out_extent
 from sparsecnn.ops._common import (
     activation_slope,
@@ -37,17 +37,13 @@ def check_stage(op: str, weight_shape: Sequence[int], groups: int) -> None:
     """Refuse by name a stage that the kernel has no form for.
 
     Raises:
-        NotImplementedError: grouped but not depthwise, a channel multiplier, or R > 64.
+        NotImplementedError: grouped but not depthwise, a channel multiplier, or no channels.
     """
-    k, cg, r, _ = weight_shape
+    k, cg = weight_shape[:2]
     if groups != 1 and not (cg == 1 and k == groups):
         raise NotImplementedError(
             f"{op}: expected every stage dense (groups 1) or depthwise (groups = C = K), got "
             f"groups {groups} with C = {cg * groups} and K = {k}"
-        )
-    if r > MAX_FILTER_ROWS:
-        raise NotImplementedError(
-            f"{op}: expected filters of at most {MAX_FILTER_ROWS} rows, got {r}"
         )
     if k < 1 or cg < 1:
         raise NotImplementedError(

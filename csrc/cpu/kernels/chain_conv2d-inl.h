@@ -25,8 +25,6 @@ namespace SPARSECNN_ISA {
 using cpu::ChainBuffer;
 using cpu::ChainPlan;
 
-constexpr int64_t kMaxFilterRows = 64;  // of a stage; the glue refuses more
-
 template <class V, class S, int MaxM>
 class Chain {
  public:
@@ -228,15 +226,21 @@ class Chain {
     }
   }
 
-  // The filter's rows for output row p: pixel 0 at tap 0, or null where the image has no such row.
-  SPARSECNN_INLINE void tap_rows(int32_t i, int64_t p, const char** taps) const {
+  // The filter's rows for each output row: pixel 0 at tap 0, or null where the image has no such
+  // row. Found once for all channels: rings cost divisions.
+  SPARSECNN_INLINE const char** find_tap_rows(int32_t i, Span rows) const {
     const ConvShape& s = shape(i);
-    for (int64_t r = 0; r < s.r; ++r) {
-      const int64_t h = p * s.stride_h - s.pad_top + r * s.dil_h;
-      taps[r] = h < 0 || h >= s.h ? nullptr
-                                  : reinterpret_cast<const char*>(input_row(i, h) -
-                                                                  s.pad_left * plan_.input[i].pixel);
+    const char** const table = reinterpret_cast<const char**>(scratch_ + plan_.table_offset);
+    const char** to = table;
+    for (int64_t p = rows.lo; p < rows.hi; ++p) {
+      for (int64_t r = 0; r < s.r; ++r) {
+        const int64_t h = p * s.stride_h - s.pad_top + r * s.dil_h;
+        *to++ = h < 0 || h >= s.h ? nullptr
+                                  : reinterpret_cast<const char*>(
+                                        input_row(i, h) - s.pad_left * plan_.input[i].pixel);
+      }
     }
+    return table;
   }
 
   template <class O>
@@ -257,7 +261,7 @@ class Chain {
     // Rows of a pointwise stage that follow each other are one run of pixels.
     const bool merge = s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                        s.pad_top == 0 && s.pad_left == 0 && b.row == s.w * b.pixel && s.q == s.w;
-    const char* taps[kMaxFilterRows];
+    const char** const taps = find_tap_rows(i, rows);
     alignas(64) T bias[kSlab];
     const int64_t slabs = (s.k + kSlab - 1) / kSlab;
     const int64_t first = i == last() ? slab_begin_ : 0, end = i == last() ? slab_end_ : slabs;
@@ -291,7 +295,7 @@ class Chain {
             count = in < count ? in : count;
           }
         }
-        tap_rows(i, p, taps);
+        run.taps.rows = taps + (p - rows.lo) * s.r;
         run.out = output_rows<O>(i, target, p, k);
         dense_run<V, O, MaxM>(run, count * s.q, two);
         p += count;
@@ -305,7 +309,7 @@ class Chain {
     const ConvShape& s = shape(i);
     const ChainBuffer& b = plan_.input[i];
     T* const packed = reinterpret_cast<T*>(scratch_ + plan_.slab_offset);
-    const char* taps[kMaxFilterRows];
+    const char** const taps = find_tap_rows(i, rows);
     alignas(64) T bias[kSlab];
     for (int64_t k = 0; k < s.k; k += L) {
       const int64_t filters = s.k - k < L ? s.k - k : L;
@@ -319,14 +323,12 @@ class Chain {
                   static_cast<ptrdiff_t>(s.dil_w * b.pixel * sizeof(T)),
                   static_cast<ptrdiff_t>(s.stride_w * b.pixel * sizeof(T)),
                   0};
+      run.channel = k * sizeof(T);
       run.weight = packed;
       run.bias = bias;
       run.mask = kSame<O, T> && target.ring != 0 ? kAllLanes<L> : range_mask<L>(0, 0, filters);
       for (int64_t p = rows.lo; p < rows.hi; ++p) {
-        tap_rows(i, p, taps);
-        for (int64_t r = 0; r < s.r; ++r) {
-          if (taps[r] != nullptr) taps[r] += k * sizeof(T);
-        }
+        run.taps.rows = taps + (p - rows.lo) * s.r;
         run.out = output_rows<O>(i, target, p, k);
         window_run<V, O, MaxM>(run, s.q);
       }

@@ -89,71 +89,76 @@ struct OutputRows {
   Activation activation;
 };
 
-// The epilogue of a tile, one pixel after the other.
+// The first pixel of a tile.
+struct TilePosition {
+  ptrdiff_t input;  // bytes from the run's first pixel
+  int64_t q;        // column
+  ptrdiff_t row;    // elements from the run's first output row to this pixel's
+};
+
+// The epilogue of a tile whose pixels share a row, with whole vectors and no residual.
 template <class V, class S, int M, int N, class Activate>
-SPARSECNN_INLINE void store_pixels(typename V::reg (&acc)[M][N], const OutputRows<S>& out,
-                                   int64_t first, uint32_t last_mask, Activate&& activate) {
-  int64_t q = first % out.q;
-  ptrdiff_t at = first / out.q * out.row + q * out.pixel;
+SPARSECNN_INLINE void store_plain(typename V::reg (&acc)[M][N], S* y, ptrdiff_t pixel,
+                                  Activate&& activate) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const uint32_t mask = n + 1 == N ? last_mask : kAllLanes<V::L>;
-      typename V::reg v = acc[m][n];
-      if (out.residual) v = V::add(v, load_some<V>(out.residual + at + n * V::L, mask));
-      store_some<V>(out.y + at + n * V::L, activate(v), mask);
+      store_some<V>(y + n * V::L, activate(acc[m][n]), kAllLanes<V::L>);
     }
-    at += out.pixel;
-    if (++q == out.q) {
-      q = 0;
-      at += out.row - out.q * out.pixel;
-    }
+    y += pixel;
   }
 }
 
+// Residual, activation and store of a tile. The plain case of the short activations is unrolled;
+// for the others the sums go through memory, where one loop finds them.
 template <class V, class S, int M, int N>
-SPARSECNN_INLINE void store_tile(typename V::reg (&acc)[M][N], const OutputRows<S>& out,
-                                 int64_t first, uint32_t last_mask) {
+SPARSECNN_INLINE void store_tile(typename V::reg (&acc)[M][N], const OutputRows<S>& rows,
+                                 TilePosition from, uint32_t last_mask) {
   using reg = typename V::reg;
-  const auto as = [&](auto constant) __attribute__((always_inline)) {
-    store_pixels<V, S, M, N>(acc, out, first, last_mask,
-                             [](reg v) __attribute__((always_inline)) {
-                               return activate<V>(v, decltype(constant)::value);
-                             });
-  };
-  switch (out.activation) {
-    case Activation::kNone:
-      return as(ActivationConstant<Activation::kNone>{});
-    case Activation::kRelu:
-      return as(ActivationConstant<Activation::kRelu>{});
-    case Activation::kRelu6:
-      return as(ActivationConstant<Activation::kRelu6>{});
-    case Activation::kSilu:
-    case Activation::kHardswish:
-      break;
+  const OutputRows<S> out = rows;  // a copy: the stores could overwrite the original
+  S* y = out.y + from.row + from.q * out.pixel;
+  if (out.residual == nullptr && last_mask == kAllLanes<V::L> && from.q + M <= out.q) {
+    const auto as = [&](auto constant) __attribute__((always_inline)) {
+      store_plain<V, S, M, N>(acc, y, out.pixel, [](reg v) __attribute__((always_inline)) {
+        return activate<V>(v, decltype(constant)::value);
+      });
+    };
+    switch (out.activation) {
+      case Activation::kNone:
+        return as(ActivationConstant<Activation::kNone>{});
+      case Activation::kRelu:
+        return as(ActivationConstant<Activation::kRelu>{});
+      case Activation::kRelu6:
+        return as(ActivationConstant<Activation::kRelu6>{});
+      case Activation::kSilu:
+      case Activation::kHardswish:
+        break;
+    }
   }
-  // Long activations are not unrolled: the sums go through memory, where one loop finds them.
   alignas(64) typename V::T sums[M * N * V::L];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) V::store(sums + (m * N + n) * V::L, acc[m][n]);
   }
-  int64_t q = first % out.q;
-  ptrdiff_t at = first / out.q * out.row + q * out.pixel;
+  const S* residual = out.residual ? out.residual + (y - out.y) : nullptr;
+  int64_t q = from.q;
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const uint32_t mask = n + 1 == N ? last_mask : kAllLanes<V::L>;
       reg v = V::load(sums + (m * N + n) * V::L);
-      if (out.residual) v = V::add(v, load_some<V>(out.residual + at + n * V::L, mask));
-      store_some<V>(out.y + at + n * V::L, activate<V>(v, out.activation), mask);
+      if (residual) v = V::add(v, load_some<V>(residual + n * V::L, mask));
+      store_some<V>(y + n * V::L, activate<V>(v, out.activation), mask);
     }
-    at += out.pixel;
+    ptrdiff_t step = out.pixel;
     if (++q == out.q) {
       q = 0;
-      at += out.row - out.q * out.pixel;
+      step += out.row - out.q * out.pixel;
     }
+    y += step;
+    if (residual) residual += step;
   }
 }
 
@@ -168,7 +173,7 @@ struct DenseRun {
 };
 
 template <class V, class S, int M, int N>
-void dense_tile(const DenseRun<V, S>& run, int64_t first) {
+void dense_tile(const DenseRun<V, S>& run, TilePosition from) {
   typename V::reg acc[M][N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
@@ -176,12 +181,12 @@ void dense_tile(const DenseRun<V, S>& run, int64_t first) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) acc[m][n] = b;
   }
-  dense_accumulate<V, M, N>(acc, run.taps, first * run.taps.pixel, run.weight);
-  store_tile<V, S, M, N>(acc, run.out, first, run.last_mask);
+  dense_accumulate<V, M, N>(acc, run.taps, from.input, run.weight);
+  store_tile<V, S, M, N>(acc, run.out, from, run.last_mask);
 }
 
 template <class V, class S>
-using DenseTileKernel = void (*)(const DenseRun<V, S>&, int64_t);
+using DenseTileKernel = void (*)(const DenseRun<V, S>&, TilePosition);
 
 template <class V, class S, int MaxM, int M, int N>
 constexpr DenseTileKernel<V, S> dense_tile_kernel() {
@@ -204,18 +209,33 @@ struct DenseTiles {
 };
 #undef SPARSECNN_CELL
 
-// All pixels of a run, in tiles of nearly equal size.
+// All pixels of a run, in tiles of at most MaxM and of nearly equal size: tile(m, position).
+template <int MaxM, class S, class Tile>
+SPARSECNN_INLINE void for_tiles(int64_t pixels, ptrdiff_t pixel, const OutputRows<S>& out,
+                                Tile&& tile) {
+  const int64_t tiles = (pixels + MaxM - 1) / MaxM, size = pixels / tiles;
+  int64_t larger = pixels - tiles * size;
+  TilePosition at{0, 0, 0};
+  for (int64_t t = 0; t < tiles; ++t, --larger) {
+    const int64_t m = size + (larger > 0);
+    tile(m, at);
+    at.input += m * pixel;
+    at.q += m;
+    while (at.q >= out.q) {
+      at.q -= out.q;
+      at.row += out.row;
+    }
+  }
+}
+
 template <class V, class S, int MaxM>
 SPARSECNN_INLINE void dense_run(const DenseRun<V, S>& run, int64_t pixels, bool two_vectors) {
   const DenseTileKernel<V, S>* const table =
       two_vectors ? DenseTiles<V, S, MaxM, 2>::table : DenseTiles<V, S, MaxM, 1>::table;
-  const int64_t tiles = (pixels + MaxM - 1) / MaxM, size = pixels / tiles, larger = pixels % tiles;
-  int64_t first = 0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t m = size + (t < larger);
-    table[m](run, first);
-    first += m;
-  }
+  for_tiles<MaxM>(pixels, run.taps.pixel, run.out,
+                  [&](int64_t m, TilePosition at) __attribute__((always_inline)) {
+                    table[m](run, at);
+                  });
 }
 
 }  // namespace SPARSECNN_ISA
