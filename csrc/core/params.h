@@ -45,6 +45,12 @@ struct CsrConv2dGradValuesParams {
   void* grad_values;       // (nnz)
 };
 
+// A pointwise (1x1, unpadded) convolution with a dense weight.
+struct PointwiseConv2dParams : ConvParams {
+  const void* weight;        // (K, C)
+  int64_t weight_stride[2];  // elements, in that order
+};
+
 // One stage of a chain: activation(conv(., W) + bias), W dense (groups = 1) or depthwise
 // (groups = C = K).
 struct ChainStage {

@@ -6,6 +6,7 @@
 #include "core/params.h"
 #include "cpu/chain_plan.h"
 #include "cpu/csr_plan.h"
+#include "cpu/pointwise_plan.h"
 
 namespace sparsecnn::cpu {
 
@@ -28,11 +29,18 @@ struct ChainKernels {
                  void* scratch);
 };
 
+struct PointwiseKernels {
+  // Items [begin, end) of a plan by planes; float32 and float64. Other plans are chains.
+  void (*planes)(const PointwiseConv2dParams&, const PointwisePlan&, int64_t begin, int64_t end,
+                 void* scratch);
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
   const ChainKernels& chain;
+  const PointwiseKernels& pointwise;
 };
 
 // The table in force: the best set that processor and operating system support, unless

@@ -6,6 +6,7 @@ from sparsecnn.nn.chain import ChainConv2d
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
+from sparsecnn.nn.pointwise import PointwiseConv2d
 
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
 """Layers whose weight is stored in a packed format, by the name used in files."""
@@ -16,5 +17,6 @@ __all__ = [
     "CSRLinear",
     "ChainConv2d",
     "FusedConv2d",
+    "PointwiseConv2d",
     "apply_layout_",
 ]

@@ -39,6 +39,8 @@ class ChainStageWeights(nn.Module):
     def __init__(self, conv: nn.Conv2d, activation: str) -> None:
         super().__init__()
         weight = channels_innermost(conv.weight.detach())
+        if weight.data_ptr() == conv.weight.data_ptr():
+            weight = weight.clone()
         self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         self.register_parameter("bias", own_bias(conv))
         self.activation = activation
@@ -59,8 +61,8 @@ class ChainStageWeights(nn.Module):
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution: its weight a contiguous copy, its bias shared."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, "zeros", "meta", self.weight.dtype,
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
+            self.dilation, self.groups, self.bias is not None, "zeros", "meta", self.weight.dtype,  # type: ignore[arg-type]
         )  # fmt: skip
         weight = self.weight.detach().clone(memory_format=torch.contiguous_format)
         conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -228,7 +230,7 @@ class ChainConv2d(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChainConv2d:
         """Moves and casts; the order of the weights in memory survives ``memory_format``."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for stage in self._stages():
             if stage.weight.device.type != "meta":
                 stage.weight.data = channels_innermost(stage.weight.data)

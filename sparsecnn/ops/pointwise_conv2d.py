@@ -1,0 +1,174 @@
+"""``pointwise_conv2d``: 1x1 convolution with a dense weight as a matrix product over pixels.
+
+``y = act(W x + bias + residual)`` at every pixel. The cost is ``2 * N * P * Q * K * C`` FLOPs; no
+lowered or transposed copy of the whole input is made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
+from sparsecnn.ops._check import check_conv, pair
+from sparsecnn.ops._common import (
+    activation_slope,
+    autocast_is_on,
+    autocast_to,
+    dtypes_for,
+    fake_output,
+    is_eager,
+)
+
+_OP = "pointwise_conv2d"
+_pointwise_conv2d_op = torch.ops.sparsecnn.pointwise_conv2d.default
+_plain_stride = functools.lru_cache(maxsize=64)(functools.partial(pair, _OP, "stride", low=1))
+
+
+def pointwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """1x1 convolution without padding or groups, fused with bias, residual and activation.
+
+    ``y = act(conv(x, W) + bias + residual)``.
+
+    Args:
+        x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first. float32,
+            bfloat16 or float64, on the CPU.
+        weight: ``(K, C, 1, 1)`` of the dtype of ``x``. In the order of
+            `formats.chain.channels_innermost` it is read in place in both layouts; otherwise
+            channels_last calls copy it block by block.
+        bias: ``(K,)``.
+        stride: one or two ints.
+        activation: ``none``, ``relu``, ``relu6``, ``silu`` or ``hardswish``.
+        residual: like the output, added before the activation.
+
+    Returns:
+        ``(N, K, P, Q)`` in the memory format of ``x``.
+
+    Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the C
+    channels, so the error is at most ``C * eps * conv(|x|, |W|)``; the result is bitwise the same
+    at any thread count. Cost: ``2 * N * P * Q * K * C`` FLOPs. Scratch: up to about 1 MB a thread.
+
+    Raises:
+        ValueError: a shape, device or option that does not fit; names it and the value.
+        TypeError: a dtype that is not supported or does not match.
+        NotImplementedError: x on another device than the CPU.
+    """
+    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
+    steps = _plain_stride(stride) if type(stride) is int else pair(_OP, "stride", stride, 1)
+    return run_pointwise_conv2d(x, weight, bias, residual, steps, activation)
+
+
+def run_pointwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+) -> Tensor:
+    """`pointwise_conv2d` with its stride already checked.
+
+    A call that the C++ checks accept is not checked in Python as well.
+    """
+    if autocast_is_on(x):
+        cast = autocast_to(x)
+        x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
+    arguments = (x, weight, bias, residual, stride, activation)
+    if not (is_eager(x) and x.is_cpu and x.dim() == 4):
+        _check(*arguments)
+    try:
+        y: Tensor = _pointwise_conv2d_op(*arguments)
+        return y
+    except (RuntimeError, TypeError):
+        _check(*arguments)  # says it better, if it was an argument
+        raise
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+) -> None:
+    if isinstance(x, Tensor) and x.device.type == "cuda":
+        raise NotImplementedError(f"{_OP}: expected x on the CPU, got {x.device}")
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or tuple(weight.shape[2:]) != (1, 1):
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{_OP}: expected weight of shape (K, C, 1, 1), got {got}")
+    geometry = [1, 1], stride, [0, 0, 0, 0], [1, 1]
+    check_conv(
+        _OP, x, weight.shape, {"dense": weight}, bias, residual, geometry, 1, activation,
+        dtypes_for(x),
+    )  # fmt: skip
+    if x.shape[1] < 1:
+        raise ValueError(f"{_OP}: expected x with channels, got {tuple(x.shape)}")
+
+
+@torch.library.register_fake("sparsecnn::pointwise_conv2d")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    activation: str,
+) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
+    return fake_output(x, weight.shape[0], [1, 1], stride, [0, 0, 0, 0], [1, 1])
+
+
+@register_flop_formula(torch.ops.sparsecnn.pointwise_conv2d)
+def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    n, k, p, q = out_shape
+    return int(2 * n * k * p * q * weight_shape[1])
+
+
+# A direct call of the op casts to the default of its device; the function to the dtype in force.
+torch.library.register_autocast("sparsecnn::pointwise_conv2d", "cpu", torch.bfloat16)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual, stride, activation = inputs
+    by_output = activation in ("relu", "relu6")
+    by_input = activation in ("silu", "hardswish")
+    ctx.save_for_backward(
+        x,
+        weight,
+        bias if by_input else None,
+        residual if by_input else None,
+        output if by_output else None,
+    )
+    ctx.stride, ctx.activation = stride, activation
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, residual, y = ctx.saved_tensors
+    if ctx.activation != "none":
+        z = None
+        if y is None:  # silu and hardswish: the input of the activation is computed again
+            z = _pointwise_conv2d_op(x, weight, bias, residual, ctx.stride, "none")
+        grad = grad * activation_slope(ctx.activation, y, z)
+    need = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+        grad, x, weight, [weight.shape[0]], ctx.stride, [0, 0], [1, 1], False, [0, 0], 1,
+        [need[0], need[1], need[2]],
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, grad if need[3] else None, None, None
+
+
+torch.library.register_autograd("sparsecnn::pointwise_conv2d", _backward, setup_context=_setup)
