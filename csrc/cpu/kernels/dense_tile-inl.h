@@ -181,6 +181,12 @@ void dense_tile(const DenseRun<V, S>& run, TilePosition from) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) acc[m][n] = b;
   }
+  const S* const y = run.out.y + from.row + from.q * run.out.pixel;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) __builtin_prefetch(y + m * run.out.pixel + n * V::L, 1);
+  }
   dense_accumulate<V, M, N>(acc, run.taps, from.input, run.weight);
   store_tile<V, S, M, N>(acc, run.out, from, run.last_mask);
 }
