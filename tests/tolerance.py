@@ -55,6 +55,40 @@ def conv_bound(
     return bound
 
 
+def stage_bound(
+    magnitude: Tensor, propagated: Tensor, terms: int, dtype: torch.dtype, activation: str
+) -> Tensor:
+    """Largest error behind one stage of a chain whose intermediates keep the accumulator's type.
+
+    With an input that is wrong by at most e, the computed sum differs from the sum of the computed
+    products by L*u / (1 - L*u) times the magnitudes of these, and that from the exact sum by at
+    most |W| * e; the activation multiplies both by its Lipschitz constant and adds its own rounding.
+
+    Args:
+        magnitude: sum of the magnitudes of the terms, of an input of magnitude |x| + e; float64.
+        propagated: |W| * e, float64, same shape.
+        terms: L, the largest number of products and addends in one output.
+        dtype: of the data; sums and intermediates are float32 (float64 for float64).
+        activation: fused activation.
+
+    Returns:
+        float64 tensor like `magnitude`.
+    """
+    u = unit_roundoff(accumulator(dtype))
+    length = 2 * terms if dtype == torch.float64 else terms  # the reference is a float64 sum too
+    bound = length * u / (1 - length * u) * magnitude + propagated
+    return _LIPSCHITZ[activation] * bound + _EVALUATION[activation] * u * (magnitude + propagated)
+
+
+def stored_bound(bound: Tensor, reference: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bound` with the rounding of the result to the storage type, where that is shorter."""
+    if accumulator(dtype) == dtype:
+        return bound
+    bound = bound + unit_roundoff(dtype) * (reference.abs() + bound)
+    # Below the normal range a rounding is absolute.
+    return bound + torch.finfo(dtype).smallest_normal * (bound > 0)
+
+
 def assert_within(actual: Tensor, reference: Tensor, bound: Tensor, what: str) -> None:
     """Fail unless |actual - reference| <= bound everywhere; NaN and infinity fail.
 
