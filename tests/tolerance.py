@@ -62,7 +62,7 @@ def stage_bound(
 
     With an input that is wrong by at most e, the computed sum differs from the sum of the computed
     products by L*u / (1 - L*u) times the magnitudes of these, and that from the exact sum by at
-    most |W| * e; the activation multiplies both by its Lipschitz constant and adds its own rounding.
+    most |W| * e; the activation multiplies both by its Lipschitz constant and adds its rounding.
 
     Args:
         magnitude: sum of the magnitudes of the terms, of an input of magnitude |x| + e; float64.
