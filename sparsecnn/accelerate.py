@@ -7,9 +7,11 @@ The steps, each undone where it does not hold:
 3. Batch norms and activations that alone read a convolution's output are folded into it.
 4. Every kernel that can run a layer is timed on the layer's real shape against the dense layer, in
    both memory layouts. A kernel must win by more than the margin and the spread.
-5. Whole models are timed: the original, the folded one and the one with the winning kernels, in
+5. Runs of dense convolutions are timed as one fused chain against the layers apart; the additions
+   of residual blocks move into the last layer of the block.
+6. Whole models are timed: the original, the folded one and the one with the winning kernels, in
    both layouts. The original wins ties.
-6. The outputs on the example must agree with the original's within `OUTPUT_BOUND`.
+7. The outputs on the example must agree with the original's within `OUTPUT_BOUND`.
 
 The recording is of one example: like `torch.export`, this assumes that the control flow of the
 model does not depend on its data.
@@ -26,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ._accelerate.blocks import find_blocks, find_runs
+from ._accelerate.chains import choose_chains
 from ._accelerate.choice import Settings
 from ._accelerate.copy import bake_, duplicate, replace_
 from ._accelerate.kernels import CANDIDATES
@@ -34,7 +38,7 @@ from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
 from ._accelerate.survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
 from .measure import Report
-from .nn import SPARSE_LAYERS, FusedConv2d
+from .nn import SPARSE_LAYERS, FusedConv2d, ResidualBlock
 
 __all__ = ["accelerate", "accelerate_", "densify", "densify_"]
 
@@ -63,7 +67,7 @@ def accelerate(
         example: input (N, C, H, W) or the tuple of positional inputs, with the batch size, image
             size, dtype and device of the later use: all measurements are taken for it.
         filter_fn: `filter_fn(module, fqn) -> bool`; layers for which it is False are left as is.
-        candidates: kernels to try besides dense; None for all.
+        candidates: kernels to try besides dense, "chain" for runs of layers; None for all.
         warmup: untimed rounds before each measurement.
         runs: timed rounds of each measurement (fewer, at least 5, where they take too long).
         tie_margin: share by which a kernel must beat the best dense layer.
@@ -159,14 +163,17 @@ def _accelerate(
             "the model returns something else on every call: its outputs could not be compared, "
             "only those of single layers"
         )
-    # Layers, the folding check, the check of the variants, two rounds of whole-model timing.
-    with _progress(progress, len(sites) + 4) as step:
+    # Layers; the folding check, chains, the check of the variants, two timings of whole models.
+    with _progress(progress, len(sites) + 5) as step:
         fold_sites(sites, recording)
         variants = Variants(model, inputs, reference, sites, stable)
         notes += check_folds(variants)
         step("folded")
         measure_sites(sites, settings, step)
-        outcome = decide(variants, settings, step)
+        blocks = find_blocks(model, sites, recording)
+        runs = list(find_runs(sites, recording, blocks)) if "chain" in settings.candidates else []
+        chains = choose_chains(runs, settings, step)
+        outcome = decide(variants, blocks, chains, settings, step)
     outcome.notes[:0] = notes
 
     report = make_report(variants, outcome, bytes_before=_stored_bytes(target))
@@ -182,7 +189,8 @@ def densify(model: nn.Module) -> nn.Module:
 
     `CSRConv2d` becomes `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
     `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
-    one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded.
+    one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded, and so do
+    `ResidualBlock` modules.
 
     Args:
         model: any module; one without sparse layers is just copied.
@@ -224,12 +232,13 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 def _densify(model: nn.Module) -> nn.Module:
     kinds = tuple(SPARSE_LAYERS.values())
     swaps: dict[nn.Module, nn.Module] = {}
+    adding = {m.body[-1] for m in model.modules() if isinstance(m, ResidualBlock)}
     for module in model.modules():
         if not isinstance(module, kinds):
             continue
         dense: nn.Module = cast(Any, module).to_dense()
         activation = str(getattr(module, "activation", "none"))
-        if activation != "none" and isinstance(dense, nn.Conv2d):
+        if isinstance(dense, nn.Conv2d) and (activation != "none" or module in adding):
             dense = FusedConv2d.from_dense(dense, activation=activation)
         elif activation != "none":
             dense = nn.Sequential(dense, _ACTIVATION_MODULES[activation]())
@@ -275,14 +284,13 @@ def _check(
         raise TypeError(
             f"{what}: expected filter_fn to be callable or None, got {type(filter_fn).__name__}"
         )
-    names = tuple(CANDIDATES) if candidates is None else candidates
+    legal = (*CANDIDATES, "chain")
+    names = legal if candidates is None else candidates
     if isinstance(names, str) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"{what}: expected candidates to be a sequence of names, got {names!r}")
     for name in names:
-        if name not in CANDIDATES:
-            raise ValueError(
-                f"{what}: expected candidates among {', '.join(CANDIDATES)}, got {name!r}"
-            )
+        if name not in legal:
+            raise ValueError(f"{what}: expected candidates among {', '.join(legal)}, got {name!r}")
     for label, count, least in (("warmup", warmup, 0), ("runs", runs, 1)):
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"{what}: expected {label} to be an int, got {count!r}")

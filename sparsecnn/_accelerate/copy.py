@@ -160,6 +160,8 @@ def relayout_(model: nn.Module, layout: str) -> None:
     """
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        if getattr(module, "keeps_weight_strides", False):
+            continue
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dim() != 4 or parameter.layout != torch.strided:
                 continue

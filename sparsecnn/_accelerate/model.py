@@ -1,15 +1,16 @@
 """Variants of the whole model, timed against each other, and what is kept in the end.
 
 Three kinds of variant, each in both memory layouts: the original, the original with everything
-folded, and that with the kernels that won their layer. The original is always a candidate. A
-variant whose outputs on the example leave the bound loses the layers that are to blame.
+folded, and that with the kernels that won their layer, residual additions and chains fused. The
+original is always a candidate. A variant whose outputs on the example leave the bound loses the
+layers that are to blame.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from ..measure import LatencyStats, time_interleaved
 from ..nn.layout import apply_layout_
+from .assemble import Assembler, Plan
+from .blocks import Block
+from .chains import Chain, pick
 from .choice import Settings, faster, surely_faster, unclear
 from .copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from .fold import Folded
-from .kernels import Layer, build_dense
 from .record import is_channels_last, tensors_in
 from .survey import Site, make_layer
 
@@ -38,21 +41,6 @@ OUTPUT_BOUND = {
 }
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A variant: what is folded, which layers are swapped, and the layout it runs in."""
-
-    layout: str
-    folds: frozenset[Site] = frozenset()
-    swaps: frozenset[Site] = frozenset()
-
-    @property
-    def label(self) -> str:
-        """Name of the variant for the timer."""
-        kind = "swapped" if self.swaps else "folded" if self.folds else "original"
-        return f"{kind} {self.layout}"
 
 
 @dataclass
@@ -90,9 +78,7 @@ class Variants:
         self.reference = list(reference)
         self.sites = sites
         self.stable = stable
-        # Folded dense layers by layout, which every variant shares, and what they were made of.
-        self._dense: dict[tuple[Site, str], tuple[Layer, nn.Module]] = {}
-        self.names = {module: name for name, module in model.named_modules()}
+        self.assembler = Assembler(model, sites)
         convs = any(isinstance(s.module, nn.Conv2d) for s in sites)
         images = any(x.dim() == 4 for x in example)
         # torch refuses to give 5-d weights (Conv3d) the channels_last format of 4-d ones.
@@ -101,31 +87,9 @@ class Variants:
         weights = [s.module.weight for s in sites if isinstance(s.module, nn.Conv2d)]
         self.own_layout = LAYOUTS[int(any(is_channels_last(w) for w in weights))]
 
-    def swaps(self, plan: Plan) -> dict[str, nn.Module]:
-        """Name -> new module of everything the plan replaces."""
-        swaps: dict[str, nn.Module] = {}
-        for site in self.sites:
-            layer, choice = site.layer, site.choice
-            if layer is None or (site not in plan.folds and site not in plan.swaps):
-                continue
-            if site in plan.swaps:
-                assert choice is not None
-                winner = site.built[choice.kernel_in(plan.layout)].module
-                swaps[site.name] = duplicate(winner, share=True)
-            elif site.folded is not None and site.folded.replaced:
-                dense = self._dense.get((site, plan.layout))
-                if dense is None or dense[0] is not layer:
-                    dense = layer, build_dense(layer, plan.layout)
-                    self._dense[site, plan.layout] = dense
-                swaps[site.name] = duplicate(dense[1], share=True)
-            if site.folded is not None:
-                for module, rest in site.folded.replaced.items():
-                    swaps[self.names[module]] = rest
-        return swaps
-
     def apply_(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put the plan into a model with the names of this one; returns it (or a new root)."""
-        model = replace_by_name_(model, self.swaps(plan)).eval()
+        model = replace_by_name_(model, self.assembler.swaps(plan)).eval()
         if len(self.layouts) > 1:
             relayout_(model, plan.layout)
             # A contiguous model needs the hook only if something would give it another layout.
@@ -228,7 +192,13 @@ def check_folds(variants: Variants) -> list[str]:
     return [f"folding into {len(undone)} layers was undone: {why[-1]}"] if undone else []
 
 
-def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) -> Outcome:
+def decide(
+    variants: Variants,
+    blocks: Sequence[Block],
+    chains: Sequence[Chain],
+    settings: Settings,
+    step: Callable[[str], None],
+) -> Outcome:
     """Time the variants and keep the best that beats the original beyond noise."""
     notes: list[str] = []
     folds = frozenset(s for s in variants.sites if s.folded is not None and s.folded.replaced)
@@ -238,15 +208,16 @@ def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) 
         if folds:
             plans.append(Plan(layout, folds))
         swaps = _checked_swaps(variants, layout, folds, notes)
-        if swaps:
-            plans.append(Plan(layout, folds, swaps))
+        best = _fused(variants, Plan(layout, folds, swaps), blocks, pick(chains, layout), notes)
+        if not best.is_original and best not in plans:
+            plans.append(best)
     step("checked the outputs")
     times = variants.time(plans, settings)
     step("compared whole models")
-    originals = [p for p in plans if not p.folds and not p.swaps]
+    originals = [p for p in plans if p.is_original]
     before = min(originals, key=lambda p: times[p].median_s)
     chosen = min(plans, key=lambda p: times[p].median_s)
-    if chosen.swaps:
+    if chosen.swaps or chosen.chains:
         chosen = _without_losers(variants, chosen, plans, times, settings, notes)
     # The three that may be kept, once more: the choice, the best original, the user's own layout.
     own = Plan(variants.own_layout)
@@ -271,6 +242,25 @@ def decide(variants: Variants, settings: Settings, step: Callable[[str], None]) 
     step("done")
     worst = 0.0 if chosen in originals else variants.disagreement(chosen)[0]
     return Outcome(chosen, times[before], times[chosen], worst, notes)
+
+
+def _fused(
+    variants: Variants,
+    plan: Plan,
+    blocks: Sequence[Block],
+    chains: frozenset[Chain],
+    notes: list[str],
+) -> Plan:
+    """The plan with blocks and chains, or with as much of them as leaves the outputs right."""
+    both = replace(plan, blocks=frozenset(blocks), chains=chains)
+    for attempt in (both, replace(both, chains=frozenset()), replace(both, blocks=frozenset())):
+        if attempt == plan:
+            break
+        why = variants.disagreement(attempt)[1]
+        if not why:
+            return attempt
+        notes.append(f"{plan.layout}: a fused variant was dropped: {why}")
+    return plan
 
 
 def _checked_swaps(
@@ -303,11 +293,11 @@ def _without_losers(
     notes: list[str],
 ) -> Plan:
     """`chosen`, or with the layers that won least put back, or the best plan without swaps."""
-    dense = min((p for p in plans if not p.swaps), key=lambda p: times[p].median_s)
+    dense = min((p for p in plans if not p.swaps and not p.chains), key=lambda p: times[p].median_s)
     if faster(times[chosen], times[dense], MODEL_MARGIN):
         return chosen
     ranked = sorted(chosen.swaps, key=lambda site: -_gain(site, chosen.layout))
-    best = Plan(chosen.layout, chosen.folds, frozenset(ranked[: len(ranked) // 2]))
+    best = replace(chosen, swaps=frozenset(ranked[: len(ranked) // 2]))
     if best.swaps and not variants.disagreement(best)[1]:
         again = variants.time([dense, best], settings)
         if faster(again[best], again[dense], MODEL_MARGIN):

@@ -41,14 +41,45 @@ class Value:
 
 
 @dataclass(eq=False)
+class Operator:
+    """One operator of the forward pass.
+
+    Attributes:
+        name: as in "aten.add.Tensor".
+        stack: the recorded calls it happened inside of, outermost first.
+        inputs: values it read, in the order of its arguments.
+        outputs: values it gave.
+        plain: whether its arguments that are not tensors have their default values.
+    """
+
+    name: str
+    stack: tuple[Call, ...]
+    inputs: list[Value]
+    outputs: list[Value]
+    plain: bool
+
+
+@dataclass(eq=False)
 class Call:
-    """One call of a recorded module: what came in first and what went out."""
+    """One call of a recorded module: what came in and what went out.
+
+    Attributes:
+        module: what was called.
+        input: the first tensor among the arguments, as it was on entry.
+        input_shape: of that tensor.
+        input_dtype: likewise.
+        input_channels_last: likewise.
+        tensors: how many tensors came in.
+        output: what it returned, if that was one tensor.
+        output_shape: of that tensor.
+    """
 
     module: nn.Module
     input: Value | None
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype | None
     input_channels_last: bool
+    tensors: int = 1
     output: Value | None = None
     output_shape: tuple[int, ...] = ()
 
@@ -62,12 +93,14 @@ class Recording:
         foreign: modules with a parameter that was read outside of their own calls.
         outputs: every tensor in the model's return value, in a fixed order.
         dataflow: whether readers were recorded; without them nothing may be folded.
+        operators: in the order they ran; empty without dataflow.
     """
 
     calls: dict[nn.Module, list[Call]]
     foreign: set[nn.Module]
     outputs: list[Tensor]
     dataflow: bool
+    operators: list[Operator] = field(default_factory=list)
 
 
 def record(
@@ -113,13 +146,14 @@ def record(
     outputs = list(tensors_in(result))
     for tensor in outputs:
         recorder.value(tensor).is_output = True
-    return Recording(recorder.calls, recorder.foreign, outputs, dataflow)
+    return Recording(recorder.calls, recorder.foreign, outputs, dataflow, recorder.operators)
 
 
 class _Recorder:
     def __init__(self) -> None:
         self.calls: dict[nn.Module, list[Call]] = {}
         self.foreign: set[nn.Module] = set()
+        self.operators: list[Operator] = []
         self._stack: list[Call] = []
         # Weak, so that activations are freed as in any other forward pass.
         self._values: MutableMapping[Tensor, Value] = WeakTensorKeyDictionary()
@@ -138,13 +172,15 @@ class _Recorder:
         return value
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        given = list(tensors_in((args, kwargs)))
+        first = given[0] if given else None
         call = Call(
             module=module,
             input=None if first is None else self.value(first),
             input_shape=() if first is None else tuple(first.shape),
             input_dtype=None if first is None else first.dtype,
             input_channels_last=first is not None and is_channels_last(first),
+            tensors=len(given),
         )
         self.calls.setdefault(module, []).append(call)
         self._stack.append(call)
@@ -155,18 +191,25 @@ class _Recorder:
             call.output = self.value(output)
             call.output_shape = tuple(output.shape)
 
-    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operator:
+        """Note what an operator is going to read and to overwrite."""
         stack = tuple(self._stack)
-        for tensor in tensors_in((args, kwargs)):
-            value = self.value(tensor)
+        inputs = [self.value(tensor) for tensor in tensors_in((args, kwargs))]
+        for value in inputs:
             value.readers.append(stack)
             if value.owner is not None and not any(c.module is value.owner for c in stack):
                 self.foreign.add(value.owner)
+        plain = True
         for index, argument in enumerate(func._schema.arguments):
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in tensors_in(given):
                     self._values[tensor] = Value()
+            elif not isinstance(given, Tensor) and given is not None:
+                plain &= bool(given == argument.default_value)
+        operator = Operator(str(func), stack, inputs, [], plain)
+        self.operators.append(operator)
+        return operator
 
 
 class _Readers(TorchDispatchMode):
@@ -178,8 +221,10 @@ class _Readers(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._recorder.operator(func, args, kwargs)
-        return func(*args, **kwargs)
+        operator = self._recorder.before(func, args, kwargs)
+        result = func(*args, **kwargs)
+        operator.outputs += [self._recorder.value(tensor) for tensor in tensors_in(result)]
+        return result
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..measure import LayerReport, ModelTiming, Report
 from ..measure.environment import environment
-from .model import Outcome, Plan, Variants
+from .assemble import Plan
+from .chains import Chain
+from .model import Outcome, Variants
 from .survey import Site
 
 
@@ -82,7 +84,7 @@ def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan
         if folded.note:
             reasons.append(folded.note)
         if folded.replaced and (site in plan.folds or site in plan.swaps):
-            report.folded = tuple(variants.names[module] for module in folded.replaced)
+            report.folded = tuple(variants.assembler.names[module] for module in folded.replaced)
             report.max_abs_diff = folded.max_abs_diff
             gone = _density(site.module) - report.density
             if gone >= 0.01:
@@ -90,7 +92,24 @@ def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan
     if site in plan.swaps:
         # Each against the dense folded layer: the sum bounds the difference to the original one.
         report.max_abs_diff += site.built[kernel].max_abs_diff
+    chain = next((c for c in plan.chains if site in c.sites), None)
+    if chain is not None:
+        _fill_chain(report, chain, site, plan.layout)
+        reasons[0] = report.reason
+    if any(site is block.last for block in plan.blocks):
+        reasons.append("adds the residual of its block")
     report.reason = "; ".join(reasons)
+
+
+def _fill_chain(report: LayerReport, chain: Chain, site: Site, layout: str) -> None:
+    """A chain is one call: its time stands with its first layer."""
+    fused, apart = chain.times[f"chain {layout}"], chain.times[f"apart {layout}"]
+    report.kernel = "chain"
+    report.chosen_ms = fused.median_s * 1e3 if site is chain.sites[0] else 0.0
+    names = f"{chain.sites[0].name} to {chain.sites[-1].name}"
+    report.reason = (
+        f"chain {names}: {fused.median_s * 1e3:.3g} ms vs {apart.median_s * 1e3:.3g} ms apart"
+    )
 
 
 def _density(module: nn.Module) -> float:

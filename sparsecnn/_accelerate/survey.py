@@ -14,7 +14,7 @@ from ..measure import LatencyStats, time_interleaved
 from ..nn import FusedConv2d
 from .choice import Choice, Settings, Winner, choose
 from .copy import MEMORY_FORMATS
-from .fold import Folded, all_finite, fold, foldable_modules
+from .fold import Folded, all_finite, fold
 from .kernels import Layer
 from .record import Call, Recording, record
 
@@ -99,7 +99,7 @@ def record_sites(model: nn.Module, example: tuple[Tensor, ...], sites: list[Site
     Where an operator of the model does not run under a dispatch mode, the shapes are still
     recorded and `Recording.dataflow` is False.
     """
-    watched = [site.module for site in sites] + foldable_modules(model)
+    watched = list(model.modules())
     try:
         recording = record(model, example, watched)
     except Exception:

@@ -7,6 +7,7 @@ from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
 from sparsecnn.nn.pointwise import PointwiseConv2d
+from sparsecnn.nn.residual import ResidualBlock
 
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
 """Layers whose weight is stored in a packed format, by the name used in files."""
@@ -18,5 +19,6 @@ __all__ = [
     "ChainConv2d",
     "FusedConv2d",
     "PointwiseConv2d",
+    "ResidualBlock",
     "apply_layout_",
 ]

@@ -26,7 +26,7 @@ def activate_(y: Tensor, activation: str) -> Tensor:
 
 
 class FusedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` followed by an activation, in one module.
+    """``nn.Conv2d`` followed by an activation, in one module: ``y = act(conv(x) + residual)``.
 
     Same arguments and parameters as ``nn.Conv2d``; ``activation`` is one of ``none``, ``relu``,
     ``relu6``, ``silu``, ``hardswish``.
@@ -60,9 +60,12 @@ class FusedConv2d(nn.Conv2d):
         inherit(conv, self)
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, K, P, Q)``."""
-        return activate_(super().forward(x), self.activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, K, P, Q)``; ``residual`` is like the output."""
+        y = super().forward(x)
+        if residual is not None:
+            y = y + residual if y.requires_grad else y.add_(residual)
+        return activate_(y, self.activation)
 
     def extra_repr(self) -> str:
         """Arguments of the convolution, then the activation."""

@@ -79,11 +79,22 @@ def test_spread_makes_a_tie_and_more_runs_may_resolve_it(
     assert fake.asked[0] == fake.asked[1]
 
 
-def test_a_kernel_must_beat_the_better_dense_layout(timer: Callable[..., FakeTimer]) -> None:
-    timer(csr=1.5, **{"dense channels_last": 1.0})
+def test_a_kernel_must_beat_the_dense_layer_in_the_layout_of_the_model(
+    timer: Callable[..., FakeTimer],
+) -> None:
+    # Against the contiguous layer it wins, against the channels_last one it loses: whole models
+    # tell which layout to take, and in channels_last the dense layers stay.
+    times = {"dense channels_last": 1.0, "swapped contiguous": 5.0}
+    timer(csr=1.5, **times)
     fast = accelerate(_net(), torch.randn(X))
+    assert fast.report.layout == "contiguous"
+    assert sum(isinstance(m, CSRConv2d) for m in fast.modules()) == 2
+    assert "vs 2 ms dense contiguous" in fast.report.layers[0].reason
+    timer(csr=1.5, **times, **{"folded channels_last": 1.0, "swapped channels_last": 1.0})
+    fast = accelerate(_net(), torch.randn(X))
+    assert fast.report.layout == "channels_last"
     assert not any(isinstance(m, CSRConv2d) for m in fast.modules())
-    assert "1 ms dense channels_last" in fast.report.layers[0].reason
+    assert "vs 1 ms dense channels_last" in fast.report.layers[0].reason
 
 
 def test_layout_of_the_fastest_model_is_taken(timer: Callable[..., FakeTimer]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsecnn.accelerate import accelerate, densify
-from sparsecnn.nn import SPARSE_LAYERS, CSRConv2d
+from sparsecnn.nn import SPARSE_LAYERS, CSRConv2d, ResidualBlock
 
 from .conftest import FakeTimer, assert_same_function, import_timm, liven_norms, zero_weights
 
@@ -66,7 +66,10 @@ def test_swapped_layers_of_a_resnet_are_all_convolutions(
     fast = accelerate(model, torch.randn(1, 3, 64, 64))
     swapped = [m for m in fast.modules() if isinstance(m, tuple(SPARSE_LAYERS.values()))]
     assert len(swapped) == 21
-    # relu1 of every block follows its batch norm alone; relu2 follows the addition.
+    # relu1 of every block follows its batch norm; relu2 the addition, which is fused with it.
     fused = [m for m in swapped if isinstance(m, CSRConv2d) and m.activation == "relu"]
-    assert len(fused) == 1 + 8
+    assert len(fused) == 1 + 8 + 8
+    blocks = [m for m in fast.modules() if isinstance(m, ResidualBlock)]
+    assert len(blocks) == 8
+    assert sum(len(block.shortcut) for block in blocks) == 3
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
