@@ -158,10 +158,13 @@ def relayout_(model: nn.Module, layout: str) -> None:
 
     Nothing shared with another model changes; parameters tied inside the model stay tied.
     """
-    done: dict[int, nn.Parameter] = {}
+    done: dict[int, nn.Parameter] = {
+        id(parameter): parameter
+        for module in model.modules()
+        if getattr(module, "keeps_memory_format", False)
+        for parameter in module.parameters()
+    }
     for module in model.modules():
-        if getattr(module, "keeps_weight_strides", False):
-            continue
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dim() != 4 or parameter.layout != torch.strided:
                 continue
