@@ -48,6 +48,7 @@ class Chain:
         if activation is not None:
             activations[-1] = activation
         convs = [layer.module for layer in layers if layer is not None]
+        assert all(isinstance(conv, nn.Conv2d) for conv in convs)
         fused: nn.Module = ChainConv2d.from_convs(convs, activations)
         return fused
 
@@ -118,10 +119,12 @@ def choose_chains(
 
 
 def pick(chains: Sequence[Chain], layout: str) -> frozenset[Chain]:
-    """Chains without a common layer that save most in a layout, greedily by what they save."""
+    """Chains without a common layer: the one that saves most first, of equals the longest."""
     taken: set[Site] = set()
     kept = []
-    for chain in sorted((c for c in chains if layout in c.wins), key=lambda c: -c.gain(layout)):
+    for chain in sorted(
+        (c for c in chains if layout in c.wins), key=lambda c: (-c.gain(layout), -len(c.sites))
+    ):
         if not taken & set(chain.sites):
             kept.append(chain)
             taken |= set(chain.sites)
