@@ -10,7 +10,8 @@ The steps, each undone where it does not hold:
 5. Runs of dense convolutions are timed as one fused chain against the layers apart; the additions
    of residual blocks move into the last layer of the block.
 6. Whole models are timed: the original, the folded one and the one with the winning kernels, in
-   both layouts. The original wins ties.
+   both layouts, and in one layout up to some module and the other behind it. The original wins
+   ties.
 7. The outputs on the example must agree with the original's within `OUTPUT_BOUND`.
 
 The recording is of one example: like `torch.export`, this assumes that the control flow of the
@@ -33,6 +34,7 @@ from ._accelerate.chains import choose_chains
 from ._accelerate.choice import Settings
 from ._accelerate.copy import bake_, duplicate, replace_
 from ._accelerate.kernels import CANDIDATES
+from ._accelerate.layouts import find_cuts
 from ._accelerate.model import Variants, check_folds, compare, decide
 from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
@@ -173,7 +175,8 @@ def _accelerate(
         blocks = find_blocks(model, sites, recording)
         runs = list(find_runs(sites, recording, blocks)) if "chain" in settings.candidates else []
         chains = choose_chains(runs, settings, step)
-        outcome = decide(variants, blocks, chains, settings, step)
+        cuts = find_cuts(model, sites, recording, blocks)
+        outcome = decide(variants, blocks, chains, cuts, settings, step)
     outcome.notes[:0] = notes
 
     report = make_report(variants, outcome, bytes_before=_stored_bytes(target))

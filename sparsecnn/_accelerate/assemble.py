@@ -10,9 +10,15 @@ from torch import nn
 from ..nn import FusedConv2d, ResidualBlock
 from .blocks import Block
 from .chains import Chain
-from .copy import duplicate, in_layout, replace_by_name_
+from .copy import LAYOUTS, duplicate, in_layout, replace_by_name_
 from .kernels import CANDIDATES, Layer, build_dense
+from .layouts import Cut
 from .survey import Site
+
+
+def other_layout(layout: str) -> str:
+    """The memory layout that is not `layout`."""
+    return LAYOUTS[1 - LAYOUTS.index(layout)]
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,12 @@ class Plan:
     """A variant of the model.
 
     Attributes:
-        layout: memory layout it runs in.
+        layout: memory layout it runs in, up to the cut if there is one.
         folds: sites whose batch norm and activation are folded.
         swaps: sites with the kernel that won.
         blocks: residual blocks whose addition runs in their last layer.
         chains: layers that run as one.
+        cut: where the layout changes.
     """
 
     layout: str
@@ -32,6 +39,12 @@ class Plan:
     swaps: frozenset[Site] = frozenset()
     blocks: frozenset[Block] = frozenset()
     chains: frozenset[Chain] = frozenset()
+    cut: Cut | None = None
+
+    def layout_of(self, site: Site) -> str:
+        """Memory layout around a site."""
+        behind = self.cut is not None and site in self.cut.after
+        return other_layout(self.layout) if behind else self.layout
 
     @property
     def label(self) -> str:
@@ -42,7 +55,14 @@ class Plan:
             kind = "fused"
         else:
             kind = "folded" if self.folds else "original"
-        return f"{kind} {self.layout}"
+        return f"{kind} {self.layouts}"
+
+    @property
+    def layouts(self) -> str:
+        """The layout, or both of them with the place where it changes."""
+        if self.cut is None:
+            return self.layout
+        return f"{self.layout}, {other_layout(self.layout)} from {self.cut.name}"
 
     @property
     def is_original(self) -> bool:
@@ -74,9 +94,9 @@ class Assembler:
             if site.layer is None or (site not in plan.folds and site not in plan.swaps):
                 continue
             if site in plan.swaps:
-                swaps[site.name] = self._winner(site, plan.layout, site.layer.activation)
+                swaps[site.name] = self._winner(site, plan.layout_of(site), site.layer.activation)
             elif folded is not None and folded.replaced:
-                swaps[site.name] = self._folded_dense(site, site.layer, plan.layout)
+                swaps[site.name] = self._folded_dense(site, site.layer, plan.layout_of(site))
             if folded is not None:
                 for module, rest in folded.replaced.items():
                     swaps[self.names[module]] = rest
@@ -134,9 +154,9 @@ class Assembler:
         site = block.last
         assert site.layer is not None and isinstance(site.layer.module, nn.Conv2d)
         if site in plan.swaps:
-            return self._winner(site, plan.layout, block.activation)
+            return self._winner(site, plan.layout_of(site), block.activation)
         fused = FusedConv2d.from_dense(site.layer.module, activation=block.activation)
-        weight = in_layout(fused.weight.detach(), plan.layout)
+        weight = in_layout(fused.weight.detach(), plan.layout_of(site))
         fused.weight = nn.Parameter(weight, fused.weight.requires_grad)
         return fused
 

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import LatencyStats, time_interleaved
-from ..nn.layout import apply_layout_
-from .assemble import Assembler, Plan
+from ..nn.layout import convert_input_
+from .assemble import Assembler, Plan, other_layout
 from .blocks import Block
 from .chains import Chain, pick
 from .choice import Settings, faster, surely_faster, unclear
 from .copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from .fold import Folded
+from .layouts import Cut
 from .record import is_channels_last, tensors_in
 from .survey import Site, make_layer
 
 # Time for one round of comparisons of whole models; at least 5 runs of each happen.
 MODEL_BUDGET_S = 12.0
+# Cuts that are tried on whole models, of those with the best prediction.
+CUT_TRIALS = 3
 # A whole model must win by this much and by more than the spread.
 MODEL_MARGIN = 0.01
 # Largest |new - old| / max |old| of a float output of the model. Roundings add up over the depth
@@ -89,13 +92,21 @@ class Variants:
 
     def apply_(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Put the plan into a model with the names of this one; returns it (or a new root)."""
+        two = len(self.layouts) > 1
+        if two:
+            relayout_(model, plan.layout)  # before new modules come in, which have theirs
         model = replace_by_name_(model, self.assembler.swaps(plan)).eval()
-        if len(self.layouts) > 1:
-            relayout_(model, plan.layout)
-            # A contiguous model needs the hook only if something would give it another layout.
-            given = any(is_channels_last(x) for x in self.example)
-            if plan.layout != "contiguous" or given or hasattr(model, "_sparsecnn_layout"):
-                apply_layout_(model, plan.layout)
+        # A contiguous model needs the hook only if something would give it another layout.
+        given = any(is_channels_last(x) for x in self.example)
+        if two and (plan.layout != "contiguous" or given or hasattr(model, "_sparsecnn_layout")):
+            convert_input_(model, plan.layout)
+        if plan.cut is not None:
+            layout = other_layout(plan.layout)
+            convert_input_(model.get_submodule(plan.cut.name), layout)
+            named = dict(model.named_modules())
+            for site in plan.cut.after:
+                if type(named.get(site.name)) is type(site.module):
+                    relayout_(named[site.name], layout)
         return model
 
     def build(self, plan: Plan) -> nn.Module:
@@ -196,6 +207,7 @@ def decide(
     variants: Variants,
     blocks: Sequence[Block],
     chains: Sequence[Chain],
+    cuts: Sequence[Cut],
     settings: Settings,
     step: Callable[[str], None],
 ) -> Outcome:
@@ -203,12 +215,14 @@ def decide(
     notes: list[str] = []
     folds = frozenset(s for s in variants.sites if s.folded is not None and s.folded.replaced)
     plans: list[Plan] = []
+    uniform: dict[str, Plan] = {}
     for layout in variants.layouts:
         plans.append(Plan(layout))
         if folds:
             plans.append(Plan(layout, folds))
         swaps = _checked_swaps(variants, layout, folds, notes)
         best = _fused(variants, Plan(layout, folds, swaps), blocks, pick(chains, layout), notes)
+        uniform[layout] = best
         if not best.is_original and best not in plans:
             plans.append(best)
     step("checked the outputs")
@@ -219,6 +233,8 @@ def decide(
     chosen = min(plans, key=lambda p: times[p].median_s)
     if chosen.swaps or chosen.chains:
         chosen = _without_losers(variants, chosen, plans, times, settings, notes)
+    if len(uniform) > 1 and not chosen.is_original:
+        chosen = _with_cut(variants, chosen, uniform, cuts, times, settings)
     # The three that may be kept, once more: the choice, the best original, the user's own layout.
     own = Plan(variants.own_layout)
     finalists = list(dict.fromkeys((own, before, chosen)))
@@ -242,6 +258,51 @@ def decide(
     step("done")
     worst = 0.0 if chosen in originals else variants.disagreement(chosen)[0]
     return Outcome(chosen, times[before], times[chosen], worst, notes)
+
+
+def _with_cut(
+    variants: Variants,
+    chosen: Plan,
+    uniform: dict[str, Plan],
+    cuts: Sequence[Cut],
+    times: dict[Plan, LatencyStats],
+    settings: Settings,
+) -> Plan:
+    """`chosen`, or the variant that changes its layout somewhere, if one is faster.
+
+    The times of the layers say which cuts are worth a try; pooling and the like have none.
+    """
+    mixed = []
+    for first, plan in uniform.items():
+        second = uniform[other_layout(first)]
+        for cut in cuts:
+            chains = [c for c in plan.chains if not cut.after & set(c.sites)]
+            chains += [c for c in second.chains if cut.after >= set(c.sites)]
+            swaps = (plan.swaps - cut.after) | (second.swaps & cut.after)
+            blocks = plan.blocks & second.blocks
+            mixed.append(Plan(first, plan.folds, swaps, blocks, frozenset(chains), cut))
+    mixed.sort(key=lambda plan: predicted_s(variants.sites, plan))
+    trials = [p for p in mixed[:CUT_TRIALS] if not variants.disagreement(p)[1]]
+    if not trials:
+        return chosen
+    again = variants.time([chosen, *trials], settings)
+    best = min(trials, key=lambda p: again[p].median_s)
+    if not faster(again[best], again[chosen], MODEL_MARGIN):
+        return chosen
+    times |= again
+    return best
+
+
+def predicted_s(sites: Sequence[Site], plan: Plan) -> float:
+    """Seconds that the layers of a plan took when they were measured one by one."""
+    total = -sum(chain.gain(plan.layout_of(chain.sites[0])) for chain in plan.chains)
+    for site in sites:
+        if site.choice is not None:
+            layout = plan.layout_of(site)
+            kernel = site.choice.kernel_in(layout) if site in plan.swaps else "dense"
+            stats = site.choice.timing(kernel, layout)
+            total += 0.0 if stats is None else stats.median_s
+    return total
 
 
 def _fused(

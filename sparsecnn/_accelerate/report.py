@@ -27,7 +27,7 @@ def make_report(variants: Variants, outcome: Outcome, bytes_before: int) -> Repo
         macs=sum(layer.macs for layer in layers),
         effective_macs=sum(layer.effective_macs for layer in layers),
         max_abs_diff=outcome.max_abs_diff,
-        layout=outcome.plan.layout,
+        layout=outcome.plan.layouts,
         notes=outcome.notes,
         environment=environment(),
     )
@@ -67,16 +67,17 @@ def _layer_report(variants: Variants, site: Site, plan: Plan) -> LayerReport:
 def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan) -> None:
     choice = site.choice
     assert choice is not None
-    kernel = choice.kernel_in(plan.layout) if site in plan.swaps else "dense"
-    stats = choice.timing(kernel, plan.layout) or choice.times[choice.best_dense]
+    layout = plan.layout_of(site)
+    kernel = choice.kernel_in(layout) if site in plan.swaps else "dense"
+    stats = choice.timing(kernel, layout) or choice.times[choice.best_dense]
     report.candidates_ms = {name: s.median_s * 1e3 for name, s in choice.times.items()}
     report.dense_ms = choice.times[choice.best_dense].median_s * 1e3
     report.chosen_ms = stats.median_s * 1e3
     report.kernel = kernel
     if kernel == "dense" and isinstance(site.module, nn.Conv2d):
-        report.kernel = f"dense {plan.layout}"
-    reasons = [choice.reason_in(plan.layout)]
-    if site not in plan.swaps and site.wins_in(plan.layout):
+        report.kernel = f"dense {layout}"
+    reasons = [choice.reason_in(layout)]
+    if site not in plan.swaps and site.wins_in(layout):
         reasons.append(site.undone or "the original model was faster as a whole")
     folded = site.folded
     report.max_abs_diff = 0.0
@@ -94,7 +95,7 @@ def _fill_choice(report: LayerReport, variants: Variants, site: Site, plan: Plan
         report.max_abs_diff += site.built[kernel].max_abs_diff
     chain = next((c for c in plan.chains if site in c.sites), None)
     if chain is not None:
-        _fill_chain(report, chain, site, plan.layout)
+        _fill_chain(report, chain, site, layout)
         reasons[0] = report.reason
     if any(site is block.last for block in plan.blocks):
         reasons.append("adds the residual of its block")
