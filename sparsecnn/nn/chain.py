@@ -93,11 +93,18 @@ class ChainConv2d(nn.Module):
     is_sparsecnn_layer: ClassVar[bool] = True
     keeps_memory_format: ClassVar[bool] = True
 
-    def __init__(self, stages: Sequence[ChainStageWeights], *, residual: bool = False) -> None:
+    def __init__(self, stages: Sequence[ChainStageWeights] = (), *, residual: bool = False) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.residual = residual
-        self._geometry = ChainGeometry.of([s.stage() for s in stages])
+        self._geometry_of_stages: ChainGeometry | None = None
+
+    @property
+    def _geometry(self) -> ChainGeometry:
+        """Made at the first use: a file is read stage by stage."""
+        if self._geometry_of_stages is None:
+            self._geometry_of_stages = ChainGeometry.of([s.stage() for s in self._stages()])
+        return self._geometry_of_stages
 
     @classmethod
     def from_convs(

@@ -55,7 +55,17 @@ def apply_layout_(model: nn.Module, layout: str) -> nn.Module:
     return convert_input_(model, layout)
 
 
-def convert_input_(module: nn.Module, layout: str) -> nn.Module:
+def input_layouts(model: nn.Module) -> dict[str, str]:
+    """The modules that bring their inputs into a memory format: name -> which, parents first."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        layout = module.__dict__.get("_sparsecnn_layout")
+        if layout is not None:
+            found[name] = layout
+    return found
+
+
+def convert_input_(module: nn.Module, layout: str | None) -> nn.Module:
     """Make a module bring its 4-d inputs into one memory format, in place.
 
     A conversion where the input already has the format costs a microsecond. A second call replaces
@@ -63,18 +73,20 @@ def convert_input_(module: nn.Module, layout: str) -> nn.Module:
 
     Args:
         module: any module.
-        layout: ``"contiguous"`` or ``"channels_last"``.
+        layout: ``"contiguous"`` or ``"channels_last"``; None to take inputs as they are again.
 
     Raises:
         ValueError: another layout.
     """
-    if layout not in LAYOUTS:
+    if layout is not None and layout not in LAYOUTS:
         raise ValueError(
             f"convert_input_: expected layout one of {', '.join(LAYOUTS)}, got {layout!r}"
         )
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, _InputLayout):
             del module._forward_pre_hooks[key]
-    module.register_forward_pre_hook(_InputLayout(layout))
-    module._sparsecnn_layout = layout  # type: ignore[assignment]
+    module.__dict__.pop("_sparsecnn_layout", None)
+    if layout is not None:
+        module.register_forward_pre_hook(_InputLayout(layout))
+        module._sparsecnn_layout = layout  # type: ignore[assignment]
     return module

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn import SPARSE_LAYERS, FusedConv2d
+from sparsecnn.nn import SPARSE_LAYERS, ChainConv2d, FusedConv2d, ResidualBlock
+from sparsecnn.nn._common import check_activation
+from sparsecnn.nn.chain import ChainStageWeights
 
 CONTAINERS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    cls.__name__: cls
+    for cls in (nn.Sequential, nn.ModuleList, nn.ModuleDict, ChainConv2d, ResidualBlock)
 }
 _TORCH_LAYERS = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
@@ -37,6 +40,7 @@ _TORCH_LAYERS = (
 LAYERS: dict[str, type[nn.Module]] = {
     **{cls.__name__: cls for cls in _TORCH_LAYERS},
     "FusedConv2d": FusedConv2d,
+    "ChainStageWeights": ChainStageWeights,
     **SPARSE_LAYERS,
 }
 ALLOWED: dict[str, type[nn.Module]] = {**CONTAINERS, **LAYERS}
@@ -53,7 +57,9 @@ COSMETIC = {"inplace", "p", "momentum"}
 def _argument_names(name: str) -> tuple[str, ...]:
     """Constructor arguments of an allowed type that a file stores; also its attributes' names."""
     if name in CONTAINERS:
-        return ()
+        return ("residual",) if name == "ChainConv2d" else ()
+    if name == "ChainStageWeights":  # of the convolution it is made from; always padded with zeros
+        return (*(n for n in _argument_names("Conv2d") if n != "padding_mode"), "activation")
     if name == "FusedConv2d":  # its own signature is *args, **kwargs
         return (*_argument_names("Conv2d"), "activation")
     parameters = inspect.signature(LAYERS[name].__init__).parameters.values()
@@ -133,6 +139,12 @@ def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = No
         raise ValueError(f"load: expected a packed CSR weight exactly for sparse layers, at {name}")
     try:
         with torch.device("meta"):
+            if name == "ResidualBlock":  # its two children are read next
+                return ResidualBlock([nn.Identity()])
+            if name == "ChainStageWeights":
+                activation = str(tuples.pop("activation"))
+                check_activation(name, activation)
+                return ChainStageWeights(nn.Conv2d(**tuples), activation)
             if weight is None:
                 return ALLOWED[name](**tuples)
             activation = tuples.pop("activation", "none")
@@ -178,7 +190,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _required_arguments(name: str) -> frozenset[str]:
-    constructor = _DENSE_OF.get(name, nn.Conv2d if name == "FusedConv2d" else ALLOWED[name])
+    made_of_conv = name in ("FusedConv2d", "ChainStageWeights")
+    constructor = _DENSE_OF.get(name, nn.Conv2d if made_of_conv else ALLOWED[name])
     parameters = inspect.signature(constructor.__init__).parameters.values()
     return frozenset(p.name for p in parameters if p.default is p.empty) & set(
         _argument_names(name)
@@ -201,14 +214,16 @@ _LINEARS = {"Linear", "CSRLinear"}
 
 
 def replacement_obstacle(
-    name: str, arguments: Mapping[str, Any], has_tensors: bool, old: nn.Module
+    name: str, arguments: Mapping[str, Any], has_tensors: bool, old: nn.Module, has_chains: bool
 ) -> str | None:
     """Why a layer of a file must not take the place of ``old``; None when it may.
 
     A convolution takes the place of a convolution and a linear layer of a linear layer of the same
     geometry (the bias may differ: folding a batch norm adds one); ``Identity`` that of a folded
     layer, a layer without tensors that of a batch norm with an activation of its own; a
-    ``Sequential`` that of a linear layer (a densified one with its activation).
+    ``Sequential`` that of a linear layer (a densified one with its activation). A chain takes the
+    place of its first convolution and ``Identity`` that of the others; a block that of any module
+    with layers inside.
     """
     is_conv = isinstance(old, (nn.Conv2d, SPARSE_LAYERS["CSRConv2d"]))
     is_linear = isinstance(old, (nn.Linear, SPARSE_LAYERS["CSRLinear"]))
@@ -219,7 +234,10 @@ def replacement_obstacle(
     elif name in _LINEARS and is_linear:
         geometry = _LINEAR_GEOMETRY
     elif not (
-        (name == "Identity" and not (is_conv or is_linear or type(old) in _CONTAINER_TYPES))
+        (name == "ChainConv2d" and is_conv)
+        or (name in ("ChainConv2d", "ResidualBlock") and old._modules)
+        or (name == "Identity" and is_conv and has_chains)
+        or (name == "Identity" and not (is_conv or is_linear or type(old) in _CONTAINER_TYPES))
         or (name == "Sequential" and is_linear)
         or (name in LAYERS and not has_tensors and is_norm)
     ):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn import SPARSE_LAYERS, apply_layout_
 from sparsecnn.nn._common import inherit
+from sparsecnn.nn.layout import convert_input_, input_layouts
 from sparsecnn.storage import _layers
 from sparsecnn.storage.manifest import Manifest, ModuleRecord
 
@@ -58,9 +59,9 @@ def build_model(contents: Contents) -> nn.Module:
     slots = _slots(root)
     _check_keys(set(contents.state), set(slots))
     _check_shapes(slots, contents)
-    if contents.manifest.layout is not None:
-        apply_layout_(root, contents.manifest.layout)
+    _apply_layouts(root, contents.manifest.layouts)
     _install(slots, {key: contents.state[key] for key in slots}, contents)
+    _settle(root)
     return root
 
 
@@ -106,11 +107,7 @@ def restore_into(model: nn.Module, contents: Contents) -> nn.Module:
         if path:
             own[parent]._modules[name] = new
     root = plan.swaps.get("", model)
-    layout = contents.manifest.layout
-    if layout is None and getattr(root, "_sparsecnn_layout", None) is not None:
-        layout = "contiguous"
-    if layout is not None:
-        apply_layout_(root, layout)
+    _apply_layouts(root, contents.manifest.layouts)
     # After the layout, which rearranges weights: the file's own memory formats win.
     for key, tensor in old_tensors.items():
         _assign(*kept[key], tensor)
@@ -119,7 +116,30 @@ def restore_into(model: nn.Module, contents: Contents) -> nn.Module:
     for record in contents.manifest.modules:
         if record.path in modules:  # not so inside an activation that stays of a folded norm
             modules[record.path].training = record.training
+    _settle(root)
     return root
+
+
+def _settle(root: nn.Module) -> None:
+    """Bring weights that a layer keeps in an order of its own into that order."""
+    for module in root.modules():
+        if getattr(module, "keeps_memory_format", False):
+            module._apply(lambda t: t)
+
+
+def _apply_layouts(root: nn.Module, layouts: Mapping[str, str]) -> None:
+    """Input conversions as in the file, and no others."""
+    before = input_layouts(root)
+    for path in before:
+        if path and path not in layouts:
+            convert_input_(root.get_submodule(path), None)
+    layout = layouts.get("", "contiguous" if "" in before else None)
+    if layout is not None:
+        apply_layout_(root, layout)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for path, inner in layouts.items():
+        if path in modules and path:  # else inside an activation that stays of a folded norm
+            convert_input_(modules[path], inner)
 
 
 def _plan_swaps(model: nn.Module, contents: Contents) -> _Plan:
@@ -176,7 +196,8 @@ def _decide(
             return None
         if not isinstance(old, (nn.Conv2d, nn.Linear)):
             raise ValueError(difference or f"the file has tensors {sorted(names)}")
-    obstacle = _layers.replacement_obstacle(record.type, record.args, bool(names), old)
+    has_chains = any(r.type == "ChainConv2d" for r in contents.manifest.modules)
+    obstacle = _layers.replacement_obstacle(record.type, record.args, bool(names), old, has_chains)
     if obstacle is not None:
         raise ValueError(obstacle)
     return _build_tree(contents, record.path)

@@ -11,7 +11,8 @@ JSON in hexadecimal, and the JSON, with one space between them. The JSON holds
    key ``k`` are called ``k#values``, ``k#mask`` and so on; ``k`` itself is a raw tensor;
 3. ``aliases``: keys of tied tensors, each with the key that is stored;
 4. ``channels_last``: keys stored row-major whose memory was channels_last; ``frozen``:
-   parameters that do not require gradients; ``layout``: memory format the model runs in or null;
+   parameters that do not require gradients; ``layouts``: path of a module that converts its
+   inputs -> memory format;
 5. ``arrays``: CRC-32 of each stored array over its name, dtype, shape and bytes.
 """
 
@@ -27,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.nn import SPARSE_LAYERS
+from sparsecnn.nn.layout import LAYOUTS
 from sparsecnn.storage import _layers
 
 KEY = "sparsecnn"
-VERSION = "1"
+VERSION = "2"
 _MAX_DEPTH = 64
-_LAYOUTS = (None, "contiguous", "channels_last")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Manifest:
     aliases: dict[str, str]
     channels_last: tuple[str, ...]
     frozen: tuple[str, ...]
-    layout: str | None
+    layouts: dict[str, str]
     arrays: dict[str, int]
 
     def encode(self) -> dict[str, str]:
@@ -77,7 +78,7 @@ class Manifest:
                 "aliases": self.aliases,
                 "channels_last": self.channels_last,
                 "frozen": self.frozen,
-                "layout": self.layout,
+                "layouts": self.layouts,
                 "arrays": self.arrays,
             },
             separators=(",", ":"),
@@ -109,15 +110,21 @@ class Manifest:
         names = set(cls.__dataclass_fields__)
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(f"expected a manifest with {sorted(names)}, got {data!r:.80}")
-        if data["layout"] not in _LAYOUTS:
-            raise ValueError(f"expected layout one of {_LAYOUTS}, got {data['layout']!r:.80}")
+        modules = _decode_records(data["modules"])
+        layouts = _dict_of(data, "layouts", str)
+        for path, layout in layouts.items():
+            if layout not in LAYOUTS or path not in {r.path for r in modules}:
+                raise ValueError(
+                    f"expected layout one of {', '.join(LAYOUTS)} for a module of the file, "
+                    f"got {layout!r:.80} for {path!r:.80}"
+                )
         return cls(
-            modules=_decode_records(data["modules"]),
+            modules=modules,
             packed=_dict_of(data, "packed", dict),
             aliases=_dict_of(data, "aliases", str),
             channels_last=_strings(data, "channels_last"),
             frozen=_strings(data, "frozen"),
-            layout=data["layout"],
+            layouts=layouts,
             arrays=_dict_of(data, "arrays", int),
         )
 

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn import SPARSE_LAYERS
+from sparsecnn.nn.layout import input_layouts
 from sparsecnn.storage import _layers
 from sparsecnn.storage._restore import Contents, build_model, restore_into
 from sparsecnn.storage.manifest import Manifest, checksum, describe
@@ -166,7 +167,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
         aliases=aliases,
         channels_last=tuple(channels_last),
         frozen=tuple(frozen),
-        layout=getattr(model, "_sparsecnn_layout", None),
+        layouts=input_layouts(model),
         arrays={k: checksum(k, t) for k, t in arrays.items()},
     )
     return arrays, manifest

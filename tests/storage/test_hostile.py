@@ -37,7 +37,7 @@ def small_stack() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), CSRConv2d.from_dense(conv))
 
 
-def forge(path: Path, edit: Edit, version: str = "1") -> None:
+def forge(path: Path, edit: Edit, version: str = "2") -> None:
     """Change a good file's manifest and arrays and make every checksum right again."""
     with safe_open(path, framework="pt") as file:
         manifest = json.loads(file.metadata()["sparsecnn"].split(" ", 2)[2])
@@ -171,10 +171,10 @@ def test_safetensors_of_others(path: Path) -> None:
 
 
 def test_other_versions(path: Path) -> None:
-    for version in ("2", "0", "", "1.0", "x" * 1000):
+    for version in ("1", "3", "", "2.0", "x" * 1000):
         save(small_stack(), path)
         forge(path, lambda m, a: None, version)
-        refused(path, "version 1, got")
+        refused(path, "version 2, got")
 
 
 def test_forging_alone_does_not_break_a_file(path: Path) -> None:
@@ -335,8 +335,9 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "channels_last of 1-d": (_set("channels_last", value=["0.bias"]), "channels_last"),
     "channels_last unknown": (_set("channels_last", value=["7"]), "channels_last"),
     "channels_last type": (_set("channels_last", value=[1]), "list of strings"),
-    "layout value": (_set("layout", value="evil"), "layout one of"),
-    "layout type": (_set("layout", value=["contiguous"]), "layout one of"),
+    "layout value": (_set("layouts", value={"": "evil"}), "layout one of"),
+    "layout path": (_set("layouts", value={"7": "contiguous"}), "layout one of .*for '7'"),
+    "layout type": (_set("layouts", value=["contiguous"]), "layouts an object of str"),
     # the JSON itself
     "field missing": (lambda m, a: m.pop("frozen"), "manifest with"),
     "field more": (_set("evil", value=1), "manifest with"),

@@ -220,6 +220,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     **{f"ReflectionPad{d}d": (2,) for d in (1, 2)},
     **{f"ReplicationPad{d}d": (2,) for d in (1, 2)},
     **{f"ZeroPad{d}d": (2,) for d in (1, 2)},
+    "ChainStageWeights": (nn.Conv2d(4, 6, 3, (2, 1), 1, groups=2), "relu"),
+    "ResidualBlock": ([nn.Conv2d(4, 4, 1), FusedConv2d(4, 4, 1)], [nn.Conv2d(4, 4, 1)]),
     "CSRConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
     "CSRLinear": (5, 6),
     "ChannelShuffle": (2,),

@@ -1,0 +1,113 @@
+"""Files of models whose layers were merged: chains, residual blocks, a layout that changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsecnn import load, save
+from sparsecnn.nn import ChainConv2d, CSRConv2d, FusedConv2d, ResidualBlock, apply_layout_
+from sparsecnn.nn.layout import convert_input_, input_layouts
+
+
+class Inverted(nn.Module):
+    """The block of a user's architecture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(6, 12, 1)
+        self.spatial = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.project = nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.spatial(torch.relu(self.expand(x))))
+        return torch.as_tensor(x + self.project(y))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), Inverted(), nn.Conv2d(6, 4, 1)).eval()
+
+
+def fused(residual: bool = False) -> nn.Sequential:
+    """What `accelerate` makes of `net`: the whole block, or the chain inside it."""
+    model = net()
+    block = model[1]
+    convs = [block.expand, block.spatial, block.project]
+    chain = ChainConv2d.from_convs(convs, ["relu", "relu", "none"])
+    model[0] = CSRConv2d.from_dense(model[0], activation="relu")
+    model[1] = ResidualBlock([chain])
+    if residual:
+        last = FusedConv2d.from_dense(block.project, activation="silu")
+        first = FusedConv2d.from_dense(block.expand, activation="relu")
+        model[1] = ResidualBlock([first, last], [nn.Conv2d(6, 6, 1)])
+    return apply_layout_(model, "channels_last").eval()
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    x = torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        assert torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("into", [None, net], ids=["alone", "into"])
+def test_blocks_come_back(residual: bool, into: object, tmp_path: Path) -> None:
+    model = fused(residual)
+    save(model, tmp_path / "m.safetensors")
+    back = load(tmp_path / "m.safetensors", None if into is None else net())
+    assert isinstance(back[1], ResidualBlock)
+    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+    same(model, back)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name])
+        # Weights of a chain keep their output channels innermost.
+        assert tensor.stride() == back.state_dict()[name].stride(), name
+
+
+def test_a_chain_inside_the_users_own_block(tmp_path: Path) -> None:
+    model = net()
+    block = model[1]
+    block.expand = ChainConv2d.from_convs([block.expand, block.spatial], ["relu", "none"])
+    block.spatial = nn.Identity()
+    save(model, tmp_path / "m.safetensors")
+    back = load(tmp_path / "m.safetensors", net())
+    assert type(back[1]) is Inverted
+    assert isinstance(back[1].expand, ChainConv2d) and isinstance(back[1].spatial, nn.Identity)
+    same(model, back)
+
+
+def test_an_identity_takes_a_convolution_away_only_beside_a_chain(tmp_path: Path) -> None:
+    model = net()
+    model[2] = nn.Identity()
+    save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="the file has Identity, the model Conv2d"):
+        load(tmp_path / "m.safetensors", net())
+
+
+def test_layouts_of_modules_come_back(tmp_path: Path) -> None:
+    model = apply_layout_(net(), "channels_last")
+    convert_input_(model[2], "contiguous")
+    save(model, tmp_path / "m.safetensors")
+    target = convert_input_(net(), None)
+    convert_input_(target[0], "contiguous")  # not in the file: goes
+    back = load(tmp_path / "m.safetensors", target)
+    assert input_layouts(back) == {"": "channels_last", "2": "contiguous"}
+    same(model, back)
+    x = torch.randn(1, 3, 9, 8)
+    with torch.no_grad():
+        assert back[:2](x.contiguous(memory_format=torch.channels_last)).stride()[1] == 1
+
+
+def test_a_new_conversion_replaces_the_old(tmp_path: Path) -> None:
+    model = net()
+    for layout in ("channels_last", "contiguous", None):
+        convert_input_(model, layout)
+        hooks = len(model._forward_pre_hooks)
+        assert hooks == (layout is not None)
+        assert input_layouts(model) == ({} if layout is None else {"": layout})
+    with pytest.raises(ValueError, match=r"convert_input_: expected layout .*got 'nhwc'"):
+        convert_input_(model, "nhwc")
