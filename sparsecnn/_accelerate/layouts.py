@@ -76,7 +76,11 @@ def find_cuts(
             for value, position in born.items()
             if position < start and (value.is_output or last.get(value, -1) >= start)
         ]
-        if crossing != [call.input] or call.input in seen:
+        outside = any(
+            call.input in operator.inputs and call not in operator.stack
+            for operator in recording.operators[start:]
+        )
+        if crossing != [call.input] or outside or call.input in seen:
             continue
         seen.add(call.input)
         after = frozenset(s for s in sites if order.get(s.module, -1) >= start)

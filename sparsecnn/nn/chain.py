@@ -34,13 +34,12 @@ class ChainStageWeights(nn.Module):
         activation: applied behind it.
     """
 
+    keeps_memory_format: ClassVar[bool] = True
     bias: nn.Parameter | None
 
     def __init__(self, conv: nn.Conv2d, activation: str) -> None:
         super().__init__()
         weight = channels_innermost(conv.weight.detach())
-        if weight.data_ptr() == conv.weight.data_ptr():
-            weight = weight.clone()
         self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         self.register_parameter("bias", own_bias(conv))
         self.activation = activation
@@ -58,11 +57,18 @@ class ChainStageWeights(nn.Module):
             (self.dilation[0], self.dilation[1]), self.groups, self.activation,
         )  # fmt: skip
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChainStageWeights:
+        """Moves and casts; the order of the weight in memory survives ``memory_format``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.device.type != "meta":
+            self.weight.data = channels_innermost(self.weight.data)
+        return self
+
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution: its weight a contiguous copy, its bias shared."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
-            self.dilation, self.groups, self.bias is not None, "zeros", "meta", self.weight.dtype,  # type: ignore[arg-type]
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+            self.dilation, self.groups, self.bias is not None, "zeros", "meta", self.weight.dtype,
         )  # fmt: skip
         weight = self.weight.detach().clone(memory_format=torch.contiguous_format)
         conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -91,7 +97,6 @@ class ChainConv2d(nn.Module):
     """
 
     is_sparsecnn_layer: ClassVar[bool] = True
-    keeps_memory_format: ClassVar[bool] = True
 
     def __init__(self, stages: Sequence[ChainStageWeights] = (), *, residual: bool = False) -> None:
         super().__init__()
@@ -234,14 +239,6 @@ class ChainConv2d(nn.Module):
         stages = [s._parameters for s in self.stages]
         weights: list[Any] = [s["weight"] for s in stages]
         return run_chain_conv2d(x, weights, [s["bias"] for s in stages], residual, self._geometry)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChainConv2d:
-        """Moves and casts; the order of the weights in memory survives ``memory_format``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for stage in self._stages():
-            if stage.weight.device.type != "meta":
-                stage.weight.data = channels_innermost(stage.weight.data)
-        return self
 
     def extra_repr(self) -> str:
         """Whether the input is added."""
