@@ -63,8 +63,8 @@ struct ChainStage {
 
 inline constexpr int32_t kMaxChainStages = 8;
 
-// y = activation_last(stages(x) + residual): the stages one after the other, where the last one adds
-// the residual before its activation.
+// y = activation_last(stages(x) + residual): the stages one after the other; the last one adds the
+// residual before its activation.
 struct ChainConv2dParams {
   int32_t stages;
   ChainStage stage[kMaxChainStages];

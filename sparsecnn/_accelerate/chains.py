@@ -43,12 +43,11 @@ class Chain:
 
     def build(self, activation: str | None = None) -> nn.Module:
         """The fused layer; `activation` overrides the last one."""
-        layers = [site.layer for site in self.sites]
-        activations = [layer.activation for layer in layers if layer is not None]
+        layers = [site.layer for site in self.sites if site.layer is not None]
+        activations = [layer.activation for layer in layers]
         if activation is not None:
             activations[-1] = activation
-        convs = [layer.module for layer in layers if layer is not None]
-        assert all(isinstance(conv, nn.Conv2d) for conv in convs)
+        convs = [layer.module for layer in layers if isinstance(layer.module, nn.Conv2d)]
         fused: nn.Module = ChainConv2d.from_convs(convs, activations)
         return fused
 

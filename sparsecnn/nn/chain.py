@@ -66,9 +66,10 @@ class ChainStageWeights(nn.Module):
 
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution: its weight a contiguous copy, its bias shared."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, "zeros", "meta", self.weight.dtype,
+        pairs: Any = (self.kernel_size, self.stride, self.padding, self.dilation)
+        conv = nn.Conv2d(  # type: ignore[call-arg]
+            self.in_channels, self.out_channels, *pairs, self.groups, self.bias is not None,
+            "zeros", "meta", self.weight.dtype,
         )  # fmt: skip
         weight = self.weight.detach().clone(memory_format=torch.contiguous_format)
         conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
