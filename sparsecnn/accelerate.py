@@ -23,7 +23,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,8 @@ from torch.nn.modules.conv import _ConvNd
 from ._accelerate.blocks import find_blocks, find_runs
 from ._accelerate.chains import choose_chains
 from ._accelerate.choice import Settings
-from ._accelerate.copy import bake_, duplicate, replace_
+from ._accelerate.copy import bake_, duplicate
+from ._accelerate.densify import is_ours, to_dense_
 from ._accelerate.kernels import CANDIDATES
 from ._accelerate.layouts import find_cuts
 from ._accelerate.model import Variants, check_folds, compare, decide
@@ -40,7 +40,6 @@ from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
 from ._accelerate.survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
 from .measure import Report
-from .nn import SPARSE_LAYERS, FusedConv2d, ResidualBlock
 
 __all__ = ["accelerate", "accelerate_", "densify", "densify_"]
 
@@ -188,15 +187,15 @@ def _accelerate(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with every sparse layer back as a dense one.
+    """Return a copy of `model` with every layer of this package back as a dense one.
 
-    `CSRConv2d` becomes `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
-    `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
-    one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded, and so do
-    `ResidualBlock` modules.
+    A convolution becomes `nn.Conv2d`, or `FusedConv2d` where an activation or the addition of a
+    block was fused into it; `CSRLinear` becomes `nn.Linear` (followed by its activation in an
+    `nn.Sequential` if it has one); a chain becomes an `nn.Sequential` of its stages. `FusedConv2d`
+    layers stay: they are dense convolutions. Batch norms stay folded, `ResidualBlock` modules stay.
 
     Args:
-        model: any module; one without sparse layers is just copied.
+        model: any module; one without such layers is just copied.
 
     Raises:
         TypeError: `model` is no module.
@@ -204,7 +203,7 @@ def densify(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"densify: expected model to be an nn.Module, got {type(model).__name__}")
     copied = duplicate(model, share=False)
-    return _densify(copied)
+    return to_dense_(copied)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -212,41 +211,16 @@ def densify_(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: `model` is itself a sparse layer, which cannot be replaced in place.
+        ValueError: `model` is itself such a layer, which cannot be replaced in place.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"densify_: expected model to be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, tuple(SPARSE_LAYERS.values())):
+    if is_ours(model):
         raise ValueError(
             f"densify_: expected model with layers inside, got a bare {type(model).__name__}, "
             "which cannot be replaced in place; use densify"
         )
-    return _densify(model)
-
-
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-}
-
-
-def _densify(model: nn.Module) -> nn.Module:
-    kinds = tuple(SPARSE_LAYERS.values())
-    swaps: dict[nn.Module, nn.Module] = {}
-    adding = {m.body[-1] for m in model.modules() if isinstance(m, ResidualBlock)}
-    for module in model.modules():
-        if not isinstance(module, kinds):
-            continue
-        dense: nn.Module = cast(Any, module).to_dense()
-        activation = str(getattr(module, "activation", "none"))
-        if isinstance(dense, nn.Conv2d) and (activation != "none" or module in adding):
-            dense = FusedConv2d.from_dense(dense, activation=activation)
-        elif activation != "none":
-            dense = nn.Sequential(dense, _ACTIVATION_MODULES[activation]())
-        swaps[module] = dense.train(module.training)
-    return replace_(model, swaps)
+    return to_dense_(model)
 
 
 def _check(
@@ -308,7 +282,7 @@ def _check(
 
 def _check_layers(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, tuple(SPARSE_LAYERS.values())):
+        if is_ours(module):
             raise ValueError(
                 f"{what}: expected model with dense layers, got {type(module).__name__} at "
                 f"{name!r}; call sparsecnn.densify first"

@@ -264,6 +264,9 @@ def test_a_chain_takes_the_place_of_its_layers(add: bool, timer: Callable[..., F
     inside = [name for name, kernel in kernels.items() if kernel == "chain"]
     assert inside == ["1.layers.0", "1.layers.3", "1.layers.6"]
     assert_same_function(model, fast, torch.randn(X))
+    dense = densify(fast)
+    assert not any(isinstance(m, (ChainConv2d, CSRConv2d)) for m in dense.modules())
+    assert_same_function(model, dense, torch.randn(X))
     reason = {layer.name: layer.reason for layer in fast.report.layers}["1.layers.6"]
     assert "0.5 ms vs 1 ms apart" in reason
 
