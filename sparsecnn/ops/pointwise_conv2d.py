@@ -84,7 +84,14 @@ def run_pointwise_conv2d(
         cast = autocast_to(x)
         x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
     arguments = (x, weight, bias, residual, stride, activation)
-    if not (is_eager(x) and x.is_cpu and x.dim() == 4):
+    # The devices decide which implementation sees the arguments.
+    seen_by_op = (
+        is_eager(x)
+        and x.is_cpu
+        and x.dim() == 4
+        and all(t is None or (isinstance(t, Tensor) and t.is_cpu) for t in (weight, bias, residual))
+    )
+    if not seen_by_op:
         _check(*arguments)
     try:
         y: Tensor = _pointwise_conv2d_op(*arguments)
