@@ -118,7 +118,7 @@ def test_the_weights_of_the_original_are_copied() -> None:
 Make = Callable[[], object]
 conv = nn.Conv2d
 REFUSALS: list[tuple[Make, type[Exception], str]] = [
-    (lambda: ChainConv2d.from_sequential(conv(3, 4, 1)), TypeError, "nn.Sequential, got Conv2d"),  # type: ignore[arg-type]
+    (lambda: ChainConv2d.from_sequential(conv(3, 4, 1)), TypeError, "nn.Sequential, got Conv2d"),
     (lambda: ChainConv2d.from_sequential(nn.Sequential()), ValueError, "1 to 8 convs .* got 0"),
     (
         lambda: ChainConv2d.from_sequential(nn.Sequential(nn.ReLU(), conv(3, 4, 1))),
@@ -169,7 +169,7 @@ REFUSALS: list[tuple[Make, type[Exception], str]] = [
     (lambda: ChainConv2d.from_convs([conv(3, 4, 1)], []), ValueError, "got 1 and 0"),
     (lambda: ChainConv2d.from_convs([conv(3, 3, 1)] * 9, ["none"] * 9), ValueError, "got 9 and 9"),
     (lambda: ChainConv2d.from_convs([conv(3, 4, 1)], ["tanh"]), ValueError, "got 'tanh'"),
-    (lambda: ChainConv2d.from_convs([nn.Linear(3, 4)], ["none"]), TypeError, "got Linear"),  # type: ignore[list-item]
+    (lambda: ChainConv2d.from_convs([nn.Linear(3, 4)], ["none"]), TypeError, "got Linear"),
     (
         lambda: ChainConv2d.from_convs([conv(3, 3, 1), conv(3, 3, 1).double()], ["none"] * 2),
         TypeError, "expected all stages of torch.float32, got torch.float64 in stage 1",
@@ -190,7 +190,7 @@ REFUSALS: list[tuple[Make, type[Exception], str]] = [
     (lambda: PointwiseConv2d(4, 4, 1, groups=2), NotImplementedError, "expected groups 1, got 2"),
     (lambda: PointwiseConv2d(4, 4, 1, padding=1), NotImplementedError, "expected padding 0, got"),
     (lambda: PointwiseConv2d(4, 4, 1, activation="x"), ValueError, "expected activation one of"),
-    (lambda: PointwiseConv2d.from_dense(nn.Linear(3, 4)), TypeError, "nn.Conv2d, got Linear"),  # type: ignore[arg-type]
+    (lambda: PointwiseConv2d.from_dense(nn.Linear(3, 4)), TypeError, "nn.Conv2d, got Linear"),
 ]  # fmt: skip
 
 
@@ -371,9 +371,9 @@ def test_pointwise_has_the_arguments_of_the_dense_layer() -> None:
         {"padding_mode": "reflect"}, {"device": "cpu"},
     ):  # fmt: skip
         torch.manual_seed(3)
-        dense = nn.Conv2d(5, 7, 1, **arguments)  # type: ignore[arg-type]
+        dense = nn.Conv2d(5, 7, 1, **arguments)
         torch.manual_seed(3)
-        ours = PointwiseConv2d(5, 7, 1, **arguments)  # type: ignore[arg-type]
+        ours = PointwiseConv2d(5, 7, 1, **arguments)
         x = image(5).to(dense.weight.dtype)
         torch.testing.assert_close(ours(x), dense(x))
         back = ours.to_dense()
