@@ -51,8 +51,8 @@ void view_input(const ChainConv2dParams& p, ChainPlan& plan) {
   plan.x_row *= s.stride_h;
   s.h = s.p;
   s.w = s.q;
-  const bool whole = s.stride_h == 1 && s.stride_w == 1 && p.stage[0].shape.h == s.h &&
-                     p.stage[0].shape.w == s.w;
+  const bool whole =
+      s.stride_h == 1 && s.stride_w == 1 && p.stage[0].shape.h == s.h && p.stage[0].shape.w == s.w;
   s.stride_h = s.stride_w = 1;
   if (whole && nhwc && p.stages == 1) {
     s.h = s.p = plan.n * s.p;
@@ -93,8 +93,8 @@ int64_t ring_bytes(const ChainConv2dParams& p, const ChainMachine& m, ChainPlan&
     const int64_t in_rows = input_rows(s, out_rows);
     ChainBuffer& b = plan.input[i];
     if (b.rows != 0) b.rows = in_rows;
-    bytes += b.rows != 0 ? in_rows * b.row * m.element_bytes
-                         : in_rows * s.w * s.c * m.element_bytes;
+    bytes +=
+        b.rows != 0 ? in_rows * b.row * m.element_bytes : in_rows * s.w * s.c * m.element_bytes;
     out_rows = in_rows;
   }
   return bytes;
@@ -121,8 +121,7 @@ void choose_shares(const ChainConv2dParams& p, const ChainMachine& m, ChainPlan&
   const ConvShape& last = plan.shape[p.stages - 1];
   plan.row_parts = plan.slab_parts = 1;
   if (threads == 1 || (plan.n % threads == 0 || plan.n >= 4 * threads)) return;
-  const int64_t slabs =
-      (last.k + m.lanes * m.tile_vectors - 1) / (m.lanes * m.tile_vectors);
+  const int64_t slabs = (last.k + m.lanes * m.tile_vectors - 1) / (m.lanes * m.tile_vectors);
   // A weight larger than what it is multiplied with is read once if threads share its columns.
   if (p.stages == 1 && last.groups == 1 && slabs >= 4 * threads && last.k > last.p * last.q) {
     plan.slab_parts = threads;

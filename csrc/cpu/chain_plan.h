@@ -14,8 +14,8 @@ namespace sparsecnn::cpu {
 
 // What the planner has to know of an instruction set.
 struct ChainMachine {
-  int32_t lanes;        // of a vector of accumulators
-  int32_t tile_vectors;  // vectors of channels in a register tile
+  int32_t lanes;          // of a vector of accumulators
+  int32_t tile_vectors;   // vectors of channels in a register tile
   int32_t element_bytes;  // of an accumulator
 };
 
@@ -34,23 +34,22 @@ struct ChainPlan {
   int64_t n;                           // images as the kernel sees them
   ConvShape shape[kMaxChainStages];    // of the stages, likewise
   ChainBuffer input[kMaxChainStages];  // of each stage
-  // Whether a dense stage's weight is read where it lies: stored (R, S, C, K), whole vectors, in the
-  // type of accumulation and at a pitch that does not fold its rows onto a few cache sets.
+  // Whether a dense stage's weight is read where it lies: stored (R, S, C, K), whole vectors, in
+  // the type of accumulation and at a pitch that does not fold its rows onto a few cache sets.
   bool direct[kMaxChainStages];
   int64_t x_image, x_channel, x_row, x_pixel;  // elements between images, channels, ... of x
-  int64_t y_image;                     // elements between images of y
-  int64_t band;                        // output rows of a band
-  int64_t row_parts;                   // shares of an image's output rows ...
-  int64_t slab_parts;                  // ... and of the last stage's output channels
-  int64_t items;                       // n * row_parts * slab_parts
-  int64_t slab_offset;                 // bytes into the scratch: packed weights of a register tile
-  int64_t table_offset;                // addresses of filter rows, for each output row of a band
-  int64_t out_offset;                  // a band of outputs waiting for their transposition (NCHW)
-  int64_t out_pixel;                   // elements between its pixels
+  int64_t y_image;                             // elements between images of y
+  int64_t band;                                // output rows of a band
+  int64_t row_parts;                           // shares of an image's output rows ...
+  int64_t slab_parts;                          // ... and of the last stage's output channels
+  int64_t items;                               // n * row_parts * slab_parts
+  int64_t slab_offset;   // bytes into the scratch: packed weights of a register tile
+  int64_t table_offset;  // addresses of filter rows, for each output row of a band
+  int64_t out_offset;    // a band of outputs waiting for their transposition (NCHW)
+  int64_t out_pixel;     // elements between its pixels
   int64_t thread_bytes;
 };
 
-ChainPlan plan_chain(const ChainConv2dParams& params, const ChainMachine& machine,
-                     int64_t threads);
+ChainPlan plan_chain(const ChainConv2dParams& params, const ChainMachine& machine, int64_t threads);
 
 }  // namespace sparsecnn::cpu

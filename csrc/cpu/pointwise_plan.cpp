@@ -39,8 +39,7 @@ ChainConv2dParams as_chain(const PointwiseConv2dParams& p) {
 // Lanes that are pixels are wasted at the end of a plane, lanes that are channels at the end of the
 // channels, and the latter cost the transposes of all that is read and written.
 bool planes_are_cheaper(const ConvShape& s, int64_t pixels, int64_t lanes) {
-  const double by_pixels =
-      static_cast<double>(round_up(pixels, lanes)) / lanes * s.c * (s.k + 2.0);
+  const double by_pixels = static_cast<double>(round_up(pixels, lanes)) / lanes * s.c * (s.k + 2.0);
   const double by_channels =
       static_cast<double>(pixels) *
       (static_cast<double>(s.c) * round_up(s.k, lanes) / lanes + kTransposeCost * (s.c + s.k));

@@ -7,7 +7,8 @@
 // header with inline functions is included.
 //
 // A vector type V has: V::T (accumulation type), V::L (lanes), V::reg, and
-//   zero, set1, load, store (aligned, panel memory), load_any, store_any (any address), fmadd, add, mul, div, max, min, exp,
+//   zero, set1, load, store (aligned, panel memory), load_any, store_any (any address), fmadd,
+//   add, mul, div, max, min, exp,
 //   load_mask<S> / store_mask<S> (storage type S in memory, only lanes whose mask bit is set are
 //   touched), transpose(reg (&)[L]); and the same for narrow rows, two to a register:
 //   load_pair<S> / store_pair<S> (the lower L/2 lanes at one address, the upper at another, masks

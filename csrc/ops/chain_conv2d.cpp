@@ -52,26 +52,25 @@ ChainStage make_stage(const int64_t (&size)[4], const Tensor& x, const Tensor& w
   return stage;
 }
 
-Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
-             const std::vector<Tensor>& biases, const std::optional<Tensor>& residual,
-             const Ints& has_bias, const Ints& stride, const Ints& padding,
-             const Ints& dilation, const Ints& groups, const Name& activations) {
+Call prepare(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+             const std::optional<Tensor>& residual, const Ints& has_bias, const Ints& stride,
+             const Ints& padding, const Ints& dilation, const Ints& groups,
+             const Name& activations) {
   const size_t stages = weights.size();
   const std::vector<std::string> names = split(activations.text);
   STD_TORCH_CHECK(stages >= 1 && stages <= static_cast<size_t>(kMaxChainStages), kOp,
                   ": expected 1 to ", kMaxChainStages, " stages, got ", stages);
-  const size_t expected = std::count_if(has_bias.begin(), has_bias.end(),
-                                        [](int64_t has) { return has != 0; });
+  const size_t expected =
+      std::count_if(has_bias.begin(), has_bias.end(), [](int64_t has) { return has != 0; });
   STD_TORCH_CHECK(has_bias.size() == stages && biases.size() == expected, kOp,
                   ": expected has_bias for ", stages, " stages and as many biases, got ",
                   has_bias.size(), " with ", expected, " of ", biases.size(), " biases");
-  STD_TORCH_CHECK(names.size() == stages && groups.size() == stages && stride.size() == 2 * stages && dilation.size() == 2 * stages &&
-                      padding.size() == 4 * stages,
-                  kOp,
-                  ": expected for each of ", stages,
-                  " stages 2 strides, 4 pads, 2 dilations, groups and an activation, got ",
-                  stride.size(), ", ", padding.size(), ", ", dilation.size(),
-                  ", ", groups.size(), ", ", names.size());
+  STD_TORCH_CHECK(
+      names.size() == stages && groups.size() == stages && stride.size() == 2 * stages &&
+          dilation.size() == 2 * stages && padding.size() == 4 * stages,
+      kOp, ": expected for each of ", stages,
+      " stages 2 strides, 4 pads, 2 dilations, groups and an activation, got ", stride.size(), ", ",
+      padding.size(), ", ", dilation.size(), ", ", groups.size(), ", ", names.size());
   STD_TORCH_CHECK(x.dim() == 4, kOp, ": expected x with 4 dimensions (N, C, H, W), got ", x.dim());
   Call call{{}, Tensor(), {}};
   ChainConv2dParams& p = call.params;
@@ -88,8 +87,7 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
       return Ints(all.begin() + i * n, all.begin() + (i + 1) * n);
     };
     const Tensor& weight = weights[i];
-    const Ints kernel =
-        weight.dim() == 4 ? Ints{weight.size(2), weight.size(3)} : Ints{1, 1};
+    const Ints kernel = weight.dim() == 4 ? Ints{weight.size(2), weight.size(3)} : Ints{1, 1};
     ChainStage& stage = p.stage[i];
     stage = make_stage(size, x, weight,
                        {kernel, part(stride, 2), part(padding, 4), part(dilation, 2), groups[i]});
@@ -98,8 +96,8 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
     if (has_bias[i] != 0) {
       const Tensor& b = biases[bias++];
       check_same(b, x, kOp, "every bias");
-      STD_TORCH_CHECK(b.dim() == 1 && b.size(0) == stage.shape.k, kOp,
-                      ": expected bias of shape (", stage.shape.k, ",)");
+      STD_TORCH_CHECK(b.dim() == 1 && b.size(0) == stage.shape.k, kOp, ": expected bias of shape (",
+                      stage.shape.k, ",)");
       call.kept.push_back(as_contiguous(b));
       stage.bias = call.kept.back().const_data_ptr();
     }
@@ -120,9 +118,9 @@ Call prepare(const Tensor& x, const std::vector<Tensor>& weights,
   return call;
 }
 
-Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights,
-                        std::vector<Tensor> biases, std::optional<Tensor> residual,
-                        Ints has_bias, Ints stride, Ints padding, Ints dilation, Ints groups, Name activations) {
+Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                        std::optional<Tensor> residual, Ints has_bias, Ints stride, Ints padding,
+                        Ints dilation, Ints groups, Name activations) {
   const Call call = prepare(x, weights, biases, residual, has_bias, stride, padding, dilation,
                             groups, activations);
   const ChainConv2dParams& params = call.params;
@@ -150,7 +148,8 @@ Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights,
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
   m.def(
       "chain_conv2d(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, "
-      "int[] has_bias, int[] stride, int[] padding, int[] dilation, int[] groups, str activations) -> Tensor");
+      "int[] has_bias, int[] stride, int[] padding, int[] dilation, int[] groups, str activations) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {

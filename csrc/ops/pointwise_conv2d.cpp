@@ -14,8 +14,7 @@ Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional
   check_same(weight, x, kOp, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, kOp,
                   ": expected weight of shape (K, C, 1, 1), got ", weight.dim(), " dimensions");
-  const ConvShape s =
-      conv_shape(kOp, x, weight.size(0), {{1, 1}, stride, {0, 0, 0, 0}, {1, 1}, 1});
+  const ConvShape s = conv_shape(kOp, x, weight.size(0), {{1, 1}, stride, {0, 0, 0, 0}, {1, 1}, 1});
   STD_TORCH_CHECK(weight.size(1) == s.c, kOp, ": expected a weight for the ", s.c,
                   " channels of x, got ", weight.size(1));
   STD_TORCH_CHECK(s.c > 0, kOp, ": expected x with channels, got none");

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..nn import CSRConv2d, CSRLinear, FusedConv2d
+from ..nn import CSRConv2d, CSRLinear, FusedConv2d, PointwiseConv2d
 from .copy import LAYOUTS, in_layout
 
 # A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
@@ -105,8 +105,33 @@ def _csr_build(layer: Layer) -> nn.Module:
     return CSRLinear.from_dense(m, activation=layer.activation)
 
 
+def _pointwise_applies(layer: Layer) -> str | None:
+    m = layer.module
+    dtype, device = m.weight.dtype, m.weight.device.type
+    if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (1, 1):
+        return "no 1x1 convolution"
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
+    if m.groups != 1:
+        return f"groups {m.groups}"
+    if any(m._reversed_padding_repeated_twice):
+        return f"padding {m.padding!r}"
+    if any(len(shape) != 4 for shape in layer.inputs):
+        return "input without a batch dimension"
+    return None
+
+
+def _pointwise_build(layer: Layer) -> nn.Module:
+    assert isinstance(layer.module, nn.Conv2d)
+    return PointwiseConv2d.from_dense(layer.module, activation=layer.activation)
+
+
 CANDIDATES: dict[str, Candidate] = {
-    candidate.name: candidate for candidate in (Candidate("csr", _csr_applies, _csr_build),)
+    candidate.name: candidate
+    for candidate in (
+        Candidate("csr", _csr_applies, _csr_build),
+        Candidate("pointwise", _pointwise_applies, _pointwise_build),
+    )
 }
 
 

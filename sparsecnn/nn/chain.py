@@ -30,7 +30,6 @@ class ChainStageWeights(nn.Module):
     Attributes:
         weight: ``(K, C/G, R, S)``, output channels innermost in memory.
         bias: ``(K,)`` or None.
-        stage_options: the arguments of the ``nn.Conv2d`` it came from.
         activation: applied behind it.
     """
 
@@ -40,6 +39,8 @@ class ChainStageWeights(nn.Module):
     def __init__(self, conv: nn.Conv2d, activation: str) -> None:
         super().__init__()
         weight = channels_innermost(conv.weight.detach())
+        if weight.data_ptr() == conv.weight.data_ptr():
+            weight = weight.clone()
         self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         self.register_parameter("bias", own_bias(conv))
         self.activation = activation
@@ -288,9 +289,10 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, name: str) -> nn.Conv2d:
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
         norm.bias,
     )  # fmt: skip
-    folded = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        conv.dilation, conv.groups, True, conv.padding_mode, "meta", conv.weight.dtype,  # type: ignore[arg-type]
+    pairs: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    folded = nn.Conv2d(  # type: ignore[call-arg]
+        conv.in_channels, conv.out_channels, *pairs, conv.groups, True, conv.padding_mode, "meta",
+        conv.weight.dtype,
     )  # fmt: skip
     folded.weight = nn.Parameter(weight.detach(), requires_grad=conv.weight.requires_grad)
     folded.bias = nn.Parameter(bias.detach(), requires_grad=conv.weight.requires_grad)

@@ -145,7 +145,14 @@ def run_chain_conv2d(
         cast = autocast_to(x)
         x, residual = cast(x), cast(residual)
         weights, biases = [cast(w) for w in weights], [cast(b) for b in biases]
-    seen_by_op = is_eager(x) and x.is_cpu and x.dim() == 4
+    # The devices decide which implementation sees the arguments.
+    tensors = (*weights, *biases, residual)
+    seen_by_op = (
+        is_eager(x)
+        and x.is_cpu
+        and x.dim() == 4
+        and all(t is None or (isinstance(t, Tensor) and t.is_cpu) for t in tensors)
+    )
     if not seen_by_op:
         _check(x, weights, biases, residual, geometry)
     try:

@@ -6,7 +6,6 @@ lowered or transposed copy of the whole input is made.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from sparsecnn.ops._common import (
 
 _OP = "pointwise_conv2d"
 _pointwise_conv2d_op = torch.ops.sparsecnn.pointwise_conv2d.default
-_plain_stride = functools.lru_cache(maxsize=64)(functools.partial(pair, _OP, "stride", low=1))
 
 
 def pointwise_conv2d(
@@ -66,8 +64,7 @@ def pointwise_conv2d(
         TypeError: a dtype that is not supported or does not match.
         NotImplementedError: x on another device than the CPU.
     """
-    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
-    steps = _plain_stride(stride) if type(stride) is int else pair(_OP, "stride", stride, 1)
+    steps = pair(_OP, "stride", stride, 1)
     return run_pointwise_conv2d(x, weight, bias, residual, steps, activation)
 
 
@@ -87,7 +84,14 @@ def run_pointwise_conv2d(
         cast = autocast_to(x)
         x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
     arguments = (x, weight, bias, residual, stride, activation)
-    if not (is_eager(x) and x.is_cpu and x.dim() == 4):
+    # The devices decide which implementation sees the arguments.
+    seen_by_op = (
+        is_eager(x)
+        and x.is_cpu
+        and x.dim() == 4
+        and all(t is None or (isinstance(t, Tensor) and t.is_cpu) for t in (weight, bias, residual))
+    )
+    if not seen_by_op:
         _check(*arguments)
     try:
         y: Tensor = _pointwise_conv2d_op(*arguments)

@@ -4,16 +4,25 @@
 // Layout. Lanes are output channels throughout. Intermediates lie in the thread's scratch as
 // [row][column][channels rounded up to vectors], rings of rows with zero columns as padding; a row
 // outside the image does not exist and its taps are skipped. NHWC inputs in the type of
-// accumulation are read in place where no column is padded; all others pass through a ring of their
-// own, NCHW ones by transposes, and NCHW outputs leave by transposes.
+// accumulation are read in place where no column is padded; all others pass through a ring of
+// their own, NCHW ones by transposes, and NCHW outputs leave by transposes.
 //
-// Work. An item is a share of one image's output rows (or, for a single stage with more weights than
-// pixels, of its channels); see cpu/chain_plan.h. Within a band, a dense stage goes weight slab by
-// weight slab (2 vectors of channels) over all pixels, a depthwise one vector by vector of channels.
+// Work. An item is a share of one image's output rows or, for a single stage with more weights
+// than pixels, of its channels; see cpu/chain_plan.h. Within a band, a dense stage goes slab by
+// slab of weights (2 vectors of channels) over all pixels, a depthwise one vector by vector of
+// channels. Weights in another order, of another type, or at a pitch that folds them onto a few
+// cache sets are packed slab by slab, for every band: 2 loads and 2 stores for 2 * pixels FMAs.
 //
-// Bound. The FMAs: 2 * 14 of them per channel for 16 loads in a dense tile (AVX-512), one load each
-// in a depthwise one.
-// TODO-HEADER
+// Bound. The FMAs: 28 for 16 loads in a dense tile (AVX-512), one for about one load in a depthwise
+// one. Bytes do not bound: 24>144>24 channels on 56x56 move 2.3 KB a pixel through L2 in 585
+// cycles.
+//
+// Measured (Zen 4, one thread, batch 1, % of the roof of 115 GFLOP/s, all stages): 96>576>96 on
+// 14x14 88-94, 160>960>160 on 7x7 88-91, 24>144>24 on 56x56 70 (24 channels fill 1.5 vectors of 2),
+// 7x1>1x7 64>32>64 on 56x56 93-100, Tucker-2 256>64>64>256 on 56x56 82-99.
+//
+// After Sandler et al., "MobileNetV2", CVPR 2018 (section 5: bottlenecks by splits of the inner
+// tensor), with rows instead of channels as the unit of what is kept.
 #pragma once
 #include "cpu/chain_plan.h"
 #include "cpu/kernels/chain_edges-inl.h"
@@ -142,7 +151,8 @@ class Chain {
     }
   }
 
-  // ---- where outputs go --------------------------------------------------------------------------
+  // ---- where outputs go
+  // --------------------------------------------------------------------------
 
   template <class O>
   struct Target {
@@ -165,20 +175,35 @@ class Chain {
 
   SPARSECNN_INLINE Target<T> ring_target(int32_t i) const {
     const ChainBuffer& b = plan_.input[i + 1];
-    return {ring_of(i + 1) + b.pad_left * b.pixel, nullptr, b.rows, origin_[i + 1], b.pixel, b.row,
+    return {ring_of(i + 1) + b.pad_left * b.pixel,
+            nullptr,
+            b.rows,
+            origin_[i + 1],
+            b.pixel,
+            b.row,
             params_.stage[i].activation};
   }
   SPARSECNN_INLINE Target<S> image_target() const {
     const ConvShape& s = shape(last());
     const int64_t image = n_ * plan_.y_image;
     const S* const residual = static_cast<const S*>(params_.residual);
-    return {static_cast<S*>(params_.y) + image, residual ? residual + image : nullptr, 0, 0, s.k,
-            s.k * s.q, params_.stage[last()].activation};
+    return {static_cast<S*>(params_.y) + image,
+            residual ? residual + image : nullptr,
+            0,
+            0,
+            s.k,
+            s.k * s.q,
+            params_.stage[last()].activation};
   }
   // Sums that wait for their transposition; residual and activation come after it.
   SPARSECNN_INLINE Target<T> waiting_target(int64_t p) const {
-    return {reinterpret_cast<T*>(scratch_ + plan_.out_offset), nullptr, 0, p, plan_.out_pixel,
-            plan_.out_pixel * shape(last()).q, Activation::kNone};
+    return {reinterpret_cast<T*>(scratch_ + plan_.out_offset),
+            nullptr,
+            0,
+            p,
+            plan_.out_pixel,
+            plan_.out_pixel * shape(last()).q,
+            Activation::kNone};
   }
 
   void write_output(Span rows) const {
@@ -190,11 +215,11 @@ class Chain {
                               params_.stage[last()].activation};
     const int64_t first = last() == 0 ? slab_begin_ * kSlab : 0;
     const int64_t end = last() == 0 && slab_end_ * kSlab < s.k ? slab_end_ * kSlab : s.k;
-    write_planes<V, S>(reinterpret_cast<const T*>(scratch_ + plan_.out_offset) + first,
-                       plan_.out_pixel, (rows.hi - rows.lo) * s.q, end - first, plane,
-                       Finish<V, S>{finish.y + first * plane,
-                                    residual ? finish.residual + first * plane : nullptr,
-                                    finish.activation});
+    write_planes<V, S>(
+        reinterpret_cast<const T*>(scratch_ + plan_.out_offset) + first, plan_.out_pixel,
+        (rows.hi - rows.lo) * s.q, end - first, plane,
+        Finish<V, S>{finish.y + first * plane, residual ? finish.residual + first * plane : nullptr,
+                     finish.activation});
   }
 
   void read_input(Span rows) {
@@ -215,7 +240,8 @@ class Chain {
     }
   }
 
-  // ---- stages ------------------------------------------------------------------------------------
+  // ---- stages
+  // ------------------------------------------------------------------------------------
 
   template <class O>
   SPARSECNN_INLINE void run_stage(int32_t i, Span rows, const Target<O>& target) {
@@ -247,8 +273,9 @@ class Chain {
   SPARSECNN_INLINE OutputRows<O> output_rows(int32_t i, const Target<O>& target, int64_t p,
                                              int64_t k) const {
     const int64_t at = target.offset(p) + k;
-    return {target.y + at, target.residual ? target.residual + at : nullptr, shape(i).q,
-            target.pixel, target.row, target.activation};
+    return {target.y + at, target.residual ? target.residual + at : nullptr,
+            shape(i).q,    target.pixel,
+            target.row,    target.activation};
   }
 
   template <class O>
@@ -281,9 +308,8 @@ class Chain {
       run.weight = direct ? static_cast<const T*>(stage.weight) + k : packed;
       run.bias = bias;
       // Lanes of a ring that belong to no channel are written too: what is there is read again.
-      run.last_mask = kSame<O, T> && target.ring != 0
-                          ? kAllLanes<L>
-                          : range_mask<L>(two ? L : 0, 0, filters);
+      run.last_mask =
+          kSame<O, T> && target.ring != 0 ? kAllLanes<L> : range_mask<L>(two ? L : 0, 0, filters);
       for (int64_t p = rows.lo; p < rows.hi;) {
         int64_t count = 1;
         if (merge) {

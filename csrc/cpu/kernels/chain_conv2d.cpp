@@ -19,8 +19,8 @@ void run(const ChainConv2dParams& params, const cpu::ChainPlan& plan, int64_t be
   Chain<V, S, Pixels>(params, plan, static_cast<char*>(scratch)).run(begin, end);
 }
 
-void conv2d(const ChainConv2dParams& params, const cpu::ChainPlan& plan, int64_t begin,
-            int64_t end, void* scratch) {
+void conv2d(const ChainConv2dParams& params, const cpu::ChainPlan& plan, int64_t begin, int64_t end,
+            void* scratch) {
   switch (params.dtype) {
     case DType::kFloat32:
       return run<VecFloat, float, kTilePixels>(params, plan, begin, end, scratch);

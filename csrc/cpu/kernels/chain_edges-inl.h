@@ -44,16 +44,15 @@ SPARSECNN_INLINE void read_pixels(const ImageRows<S>& source, int64_t first, int
         const uint32_t mask = range_mask<L>(0, 0, pixels);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
-          r[i] = c + i < source.channels ? V::load_mask(block + i * source.channel, mask)
-                                         : V::zero();
+          r[i] =
+              c + i < source.channels ? V::load_mask(block + i * source.channel, mask) : V::zero();
         }
       } else {
         alignas(64) typename V::T row[L] = {};
         for (int i = 0; i < L; ++i) {
           for (int64_t j = 0; j < pixels; ++j) {
-            row[j] = c + i < source.channels
-                         ? to_acc(block[i * source.channel + j * source.pixel])
-                         : typename V::T(0);
+            row[j] = c + i < source.channels ? to_acc(block[i * source.channel + j * source.pixel])
+                                             : typename V::T(0);
           }
           r[i] = V::load(row);
         }
@@ -120,10 +119,10 @@ SPARSECNN_INLINE void pack_weight(const ChainStage& stage, int64_t k0, int64_t f
   }
   // The inner loop runs over what is contiguous in a filter: its channels, or all of it.
   const int64_t taps = s.r * s.s, columns = channels * taps;
-  const bool by_channel = t[1] == 1 && (s.s == 1 || t[3] == channels) &&
-                          (s.r == 1 || t[2] == s.s * channels);
-  const bool by_tap = (s.s == 1 || t[3] == 1) && (s.r == 1 || t[2] == s.s) &&
-                      (channels == 1 || t[1] == taps);
+  const bool by_channel =
+      t[1] == 1 && (s.s == 1 || t[3] == channels) && (s.r == 1 || t[2] == s.s * channels);
+  const bool by_tap =
+      (s.s == 1 || t[3] == 1) && (s.r == 1 || t[2] == s.s) && (channels == 1 || t[1] == taps);
   for (int64_t k = 0; k < width; k += L) {
     const int64_t rows = filters - k < L ? filters - k : L;
     for (int64_t f = 0; f < columns; f += L) {
@@ -140,9 +139,10 @@ SPARSECNN_INLINE void pack_weight(const ChainStage& stage, int64_t k0, int64_t f
         for (int i = 0; i < L; ++i) {
           for (int64_t j = 0; j < count; ++j) {
             const int64_t c = (f + j) / taps, tap = (f + j) % taps;
-            line[j] = i < rows ? to_acc(w[(k + i) * t[0] + c * t[1] + tap / s.s * t[2] +
-                                          tap % s.s * t[3]])
-                               : T(0);
+            line[j] =
+                i < rows
+                    ? to_acc(w[(k + i) * t[0] + c * t[1] + tap / s.s * t[2] + tap % s.s * t[3]])
+                    : T(0);
           }
           block[i] = V::load(line);
         }
@@ -152,8 +152,7 @@ SPARSECNN_INLINE void pack_weight(const ChainStage& stage, int64_t k0, int64_t f
 #pragma GCC unroll 16
       for (int j = 0; j < L; ++j) V::store(lines + j * L, block[j]);
       for (int64_t j = 0; j < count; ++j) {
-        const int64_t row =
-            by_channel ? f + j : (f + j) % taps * channels + (f + j) / taps;
+        const int64_t row = by_channel ? f + j : (f + j) % taps * channels + (f + j) / taps;
         V::store(to + row * width + k, V::load(lines + j * L));
       }
     }

@@ -16,8 +16,8 @@ namespace SPARSECNN_ISA {
 
 template <class V>
 struct PlanesRun {
-  const typename V::T* x;     // (C, N * L): the slab
-  ptrdiff_t x_pitch;          // elements between channels
+  const typename V::T* x;  // (C, N * L): the slab
+  ptrdiff_t x_pitch;       // elements between channels
   int64_t c;
   const char* weight;         // filter 0
   ptrdiff_t filter, channel;  // bytes between filters, channels
@@ -71,11 +71,21 @@ constexpr PlanesTileKernel<V> planes_tile_kernel() {
 template <class V, int MaxM, int N>
 struct PlanesTiles {
   static_assert(MaxM <= 14, "the table is that long");
-  static constexpr PlanesTileKernel<V> table[15] = {
-      nullptr,            SPARSECNN_CELL(1),  SPARSECNN_CELL(2),  SPARSECNN_CELL(3),
-      SPARSECNN_CELL(4),  SPARSECNN_CELL(5),  SPARSECNN_CELL(6),  SPARSECNN_CELL(7),
-      SPARSECNN_CELL(8),  SPARSECNN_CELL(9),  SPARSECNN_CELL(10), SPARSECNN_CELL(11),
-      SPARSECNN_CELL(12), SPARSECNN_CELL(13), SPARSECNN_CELL(14)};
+  static constexpr PlanesTileKernel<V> table[15] = {nullptr,
+                                                    SPARSECNN_CELL(1),
+                                                    SPARSECNN_CELL(2),
+                                                    SPARSECNN_CELL(3),
+                                                    SPARSECNN_CELL(4),
+                                                    SPARSECNN_CELL(5),
+                                                    SPARSECNN_CELL(6),
+                                                    SPARSECNN_CELL(7),
+                                                    SPARSECNN_CELL(8),
+                                                    SPARSECNN_CELL(9),
+                                                    SPARSECNN_CELL(10),
+                                                    SPARSECNN_CELL(11),
+                                                    SPARSECNN_CELL(12),
+                                                    SPARSECNN_CELL(13),
+                                                    SPARSECNN_CELL(14)};
 };
 #undef SPARSECNN_CELL
 
@@ -121,13 +131,12 @@ void pointwise_planes(const PointwiseConv2dParams& params, const cpu::PointwiseP
                            bias,
                            range_mask<V::L>(two ? V::L : 0, 0, pixels)};
     const int64_t at = n * s.k * plan.pixels + p;
-    const OutputRows<T> out{
-        static_cast<T*>(params.y) + at,
-        params.residual ? static_cast<const T*>(params.residual) + at : nullptr,
-        INT64_MAX,
-        plan.pixels,
-        0,
-        params.activation};
+    const OutputRows<T> out{static_cast<T*>(params.y) + at,
+                            params.residual ? static_cast<const T*>(params.residual) + at : nullptr,
+                            INT64_MAX,
+                            plan.pixels,
+                            0,
+                            params.activation};
     int64_t k = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = size + (t < larger);
