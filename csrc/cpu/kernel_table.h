@@ -5,12 +5,13 @@
 
 #include "core/params.h"
 #include "cpu/csr_plan.h"
+#include "cpu/pattern_plan.h"
 
 namespace sparsecnn::cpu {
 
 struct CsrKernels {
-  CsrMachine of_float;   // float32 and bfloat16 storage
-  CsrMachine of_double;  // float64 storage
+  TileMachine of_float;   // float32 and bfloat16 storage
+  TileMachine of_double;  // float64 storage
   // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
   // False when col_idx is corrupt; nothing outside the tensors is touched.
   bool (*conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end, void* scratch);
@@ -19,10 +20,20 @@ struct CsrKernels {
   HashFunction content_hash;
 };
 
+struct PatternKernels {
+  TileMachine of_float;   // float32 and bfloat16 storage
+  TileMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` as in CsrKernels.
+  void (*conv2d)(const PatternConv2dParams&, const PatternPlan&, int64_t begin, int64_t end,
+                 void* scratch);
+  HashFunction content_hash;
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
+  const PatternKernels& pattern;
 };
 
 // The table in force: the best set that processor and operating system support, unless

@@ -1,6 +1,6 @@
-// The two sides of csr_conv2d's panel: pack brings input pixels into lanes, unpack takes output
-// lanes back to NHWC pixels and finishes them (NCHW outputs leave from the row loop,
-// csr_rows-inl.h). Included by csr_conv2d-inl.h, whose header explains the plan.
+// The two sides of a panel (cpu/tile_plan.h): pack brings input pixels into lanes, unpack takes
+// output lanes back to NHWC pixels and finishes them (NCHW outputs leave from the row loop,
+// sinks-inl.h). Included by tiled_conv2d-inl.h.
 //
 // Packing reads every input vector once per item and writes panel vectors. Both sides are
 // transposes of L x L blocks, or of half that width; in pointwise NCHW layers, where lanes are
@@ -10,44 +10,22 @@
 #pragma once
 #include <stddef.h>
 
-#include "cpu/csr_plan.h"
 #include "cpu/kernels/epilogue-inl.h"
+#include "cpu/kernels/prefetcher-inl.h"
+#include "cpu/tile_plan.h"
 
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
-using cpu::CsrPlan;
+using cpu::TilePlan;
 
 // Distances of the software prefetches, in channels, filters and vectors; measured on Zen 4.
 constexpr int64_t kPrefetchIn = 4, kPrefetchOut = 2, kPrefetchPixels = 64;
 // Inputs that large are prefetched block by block.
 constexpr int64_t kPrefetchedBytes = 1 << 20;
 
-// Input of the next block, brought to L2 by the row loop of this one, a few rows per visit of a
-// filter: no hardware prefetcher follows rows that lie a plane apart.
-struct Prefetcher {
-  const char* channel;       // where the rows of the current channel are counted from
-  const int64_t* rows;       // (count): bytes from there
-  int32_t count, next;       // rows of a channel, the next of them
-  int64_t row_bytes, pitch;  // of a row, between channels
-  int64_t channels;          // left
-  int64_t per_visit;         // rows
-
-  SPARSECNN_INLINE void visit() {
-    for (int64_t i = 0; i < per_visit && channels > 0; ++i) {
-      const char* const row = channel + rows[next];
-      for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-      if (++next == count) {
-        next = 0;
-        channel += pitch;
-        --channels;
-      }
-    }
-  }
-};
-
 template <class V, class S>
-class CsrTiles {
+class Tiles {
  protected:
   using T = typename V::T;
   using reg = typename V::reg;
@@ -60,8 +38,8 @@ class CsrTiles {
     int64_t in_row, in_col;  // input position of packed row 0, column 0; may lie in the padding
   };
 
-  const CsrConv2dParams& params_;
-  const CsrPlan& plan_;
+  const ConvParams& params_;
+  const TilePlan& plan_;
   const ConvShape& s_;
   T* const panel_;
   const Finish<V, S> finish_;
@@ -69,12 +47,10 @@ class CsrTiles {
   int64_t y0_ = 0, x0_ = 0;  // first output position of the block inside a tile
   // The placed block's input, for a Prefetcher.
   static constexpr int32_t kMaxRows = 128;
-  const char* first_channel_ = nullptr;
   int64_t row_[kMaxRows];
-  int32_t rows_ = 0;
-  int64_t row_bytes_ = 0;
+  Prefetcher listed_{};
 
-  CsrTiles(const CsrConv2dParams& params, const CsrPlan& plan, char* scratch)
+  Tiles(const ConvParams& params, const TilePlan& plan, char* scratch)
       : params_(params),
         plan_(plan),
         s_(plan.shape),
@@ -112,71 +88,90 @@ class CsrTiles {
     return s_.n * s_.c * s_.h * s_.w * static_cast<int64_t>(sizeof(S)) > kPrefetchedBytes;
   }
 
-  // The rows of one channel that the placed block reads.
-  void list_rows(int64_t c0) {
+  // The channels of a group that the weight reads, from the first-th on.
+  ChannelList channels_of(int64_t group, int64_t first = 0) const {
+    return {plan_.channel ? plan_.channel + group * plan_.channels + first : nullptr};
+  }
+
+  // The first input channel that places of that list are counted from.
+  int64_t first_channel(int64_t group, int64_t first = 0) const {
+    return group * s_.channels_per_group() + (plan_.channel ? 0 : first);
+  }
+
+  // The rows of one channel of a group that the placed block reads.
+  void list_rows(int64_t group) {
     const int64_t size = sizeof(S), plane = s_.h * s_.w;
-    first_channel_ = reinterpret_cast<const char*>(static_cast<const S*>(params_.x) + c0 * plane);
-    rows_ = 0;
+    listed_ = {};
+    listed_.first = reinterpret_cast<const char*>(static_cast<const S*>(params_.x) +
+                                                  first_channel(group) * plane);
+    listed_.channel = channels_of(group);
+    listed_.rows = row_;
+    listed_.pitch = plane * size;
     if (plan_.interleaved) {
       const int64_t p0 = x0_ * L, pixels = int64_t{plan_.nx} * plan_.super_x * L;
-      row_bytes_ = (p0 + pixels < s_.w ? pixels : s_.w - p0) * size;
-      row_[rows_++] = (lane_[0].image * s_.c * plane + p0) * size;
+      listed_.row_bytes = (p0 + pixels < s_.w ? pixels : s_.w - p0) * size;
+      row_[listed_.count++] = (lane_[0].image * s_.c * plane + p0) * size;
       return;
     }
-    row_bytes_ = s_.w * size;
+    listed_.row_bytes = s_.w * size;
     for (int l = 0; l < L; ++l) {
       const Lane& lane = lane_[l];
       if (!lane.active || lane.tile_x != 0) continue;
-      for (int64_t i = 0; i < plan_.rows && rows_ < kMaxRows; ++i) {
+      for (int64_t i = 0; i < plan_.rows && listed_.count < kMaxRows; ++i) {
         const int64_t h = lane.in_row + plan_.row_source[i];
-        if (h >= 0 && h < s_.h) row_[rows_++] = (lane.image * s_.c * plane + h * s_.w) * size;
+        if (h >= 0 && h < s_.h) {
+          row_[listed_.count++] = (lane.image * s_.c * plane + h * s_.w) * size;
+        }
       }
     }
   }
 
-  Prefetcher prefetch_rows(int64_t filters) const {
-    const int64_t channels = rows_ == 0 ? 0 : s_.channels_per_group();
-    const int64_t visits = plan_.channel_blocks * plan_.super_y * plan_.super_x * filters;
-    return {first_channel_, row_,
-            rows_,          0,
-            row_bytes_,     s_.h * s_.w * static_cast<int64_t>(sizeof(S)),
-            channels,       (channels * rows_ + visits - 1) / visits};
+  // Prefetches the listed rows in so many visits of this block.
+  Prefetcher prefetch_listed(int64_t visits) const {
+    Prefetcher p = listed_;
+    p.channels = p.count == 0 ? 0 : plan_.channels;
+    visits *= plan_.channel_blocks * plan_.super_y * plan_.super_x;
+    p.per_visit = (p.channels * p.count + visits - 1) / visits;
+    return p;
   }
 
   // An image read in place is prefetched panel by panel: the next one of this block, or the first
   // of the next block.
-  Prefetcher prefetch_in_place(int64_t b, int64_t group_c0, int64_t x0, int64_t filters) {
+  Prefetcher prefetch_in_place(int64_t b, int64_t group, int64_t x0, int64_t visits) {
     const bool last = b + 1 == plan_.channel_blocks;
-    const int64_t c0 = last ? 0 : (b + 1) * plan_.channel_block;
-    const int64_t left = s_.channels_per_group() - c0;
-    const int64_t channels = left < plan_.channel_block ? left : plan_.channel_block;
+    const int64_t first = last ? 0 : (b + 1) * plan_.channel_block;
+    const int64_t left = plan_.channels - first;
     row_[0] = 0;
     const int64_t size = sizeof(T);
-    const T* const first = in_place(group_c0 + c0, last ? x0 + plan_.nx : x0);
-    return {reinterpret_cast<const char*>(first),
-            row_,
-            1,
-            0,
-            plan_.nx * L * size,
-            s_.w * size,
-            channels,
-            (channels + filters - 1) / filters};
+    Prefetcher p{};
+    p.first = reinterpret_cast<const char*>(in_place(group, first, last ? x0 + plan_.nx : x0));
+    p.channel = channels_of(group, first);
+    p.channels = left < plan_.channel_block ? left : plan_.channel_block;
+    p.rows = row_;
+    p.count = 1;
+    p.row_bytes = plan_.nx * L * size;
+    p.pitch = s_.w * size;
+    p.per_visit = (p.channels + visits - 1) / visits;
+    return p;
   }
 
-  void pack(int64_t c0, int64_t channels) {
+  // Channels [first, first + channels) of those that the weight reads of a group.
+  void pack(int64_t group, int64_t first, int64_t channels) {
+    const int64_t c0 = first_channel(group, first);
+    const ChannelList list = channels_of(group, first);
     if (params_.layout == Layout::kNHWC) {
-      pack_nhwc(c0, channels);
+      pack_nhwc(c0, list, channels);
     } else if (plan_.interleaved) {
-      pack_pixels(c0, channels);
+      pack_pixels(c0, list, channels);
     } else {
-      pack_nchw(c0, channels);
+      pack_nchw(c0, list, channels);
     }
   }
 
   // NCHW, lanes = tiles: rows of L lanes, L columns each, transposed to columns of L lanes.
-  void pack_nchw(int64_t c0, int64_t channels) {
-    const S* const x = static_cast<const S*>(params_.x);
+  void pack_nchw(int64_t c0, ChannelList list, int64_t channels) {
     const int64_t plane = s_.h * s_.w;
+    const S* const x = static_cast<const S*>(params_.x) + c0 * plane;
     bool narrow = false;  // the last columns, if they fill no more than half a register
     for (int64_t j0 = 0; j0 < plan_.span; j0 += narrow ? L / 2 : L) {
       narrow = plan_.span - j0 <= L / 2;
@@ -186,7 +181,7 @@ class CsrTiles {
         const Lane& lane = lane_[l];
         const int64_t hi = s_.w - lane.in_col < plan_.span ? s_.w - lane.in_col : plan_.span;
         mask[l] = lane.active ? range_mask<L>(j0, -lane.in_col, hi) : 0;
-        offset[l] = (lane.image * s_.c + c0) * plane + lane.in_row * s_.w + lane.in_col + j0;
+        offset[l] = lane.image * s_.c * plane + lane.in_row * s_.w + lane.in_col + j0;
       }
       const int64_t columns = plan_.span - j0 < L ? plan_.span - j0 : L;
       const int32_t* slot = plan_.col_slot + j0;
@@ -204,14 +199,18 @@ class CsrTiles {
           any |= row_mask[l];
         }
         T* out = panel_ + i * plan_.cols * L;
-        const S* in = x + row * s_.w;
+        const auto in_channel = [&](int64_t c) {
+          return x + row * s_.w + list[c < channels ? c : channels - 1] * plane;
+        };
         if (narrow) {
-          for (int64_t c = 0; c < channels; ++c, out += channel, in += plane) {
+          for (int64_t c = 0; c < channels; ++c, out += channel) {
+            const S* const in = in_channel(c);
+            const S* const ahead = in_channel(c + kPrefetchIn);
             reg r[L / 2];
 #pragma GCC unroll 8
             for (int l = 0; l < L / 2; ++l) {
-              __builtin_prefetch(in + offset[l] + kPrefetchIn * plane);
-              __builtin_prefetch(in + offset[l + L / 2] + kPrefetchIn * plane);
+              __builtin_prefetch(ahead + offset[l]);
+              __builtin_prefetch(ahead + offset[l + L / 2]);
               r[l] = V::load_pair(in + offset[l], row_mask[l], in + offset[l + L / 2],
                                   row_mask[l + L / 2]);
             }
@@ -223,11 +222,13 @@ class CsrTiles {
           }
           continue;
         }
-        for (int64_t c = 0; c < channels; ++c, out += channel, in += plane) {
+        for (int64_t c = 0; c < channels; ++c, out += channel) {
+          const S* const in = in_channel(c);
+          const S* const ahead = in_channel(c + kPrefetchIn);
           reg r[L];
           if (any) {
 #pragma GCC unroll 16
-            for (int l = 0; l < L; ++l) __builtin_prefetch(in + offset[l] + kPrefetchIn * plane);
+            for (int l = 0; l < L; ++l) __builtin_prefetch(ahead + offset[l]);
 #pragma GCC unroll 16
             for (int l = 0; l < L; ++l) r[l] = V::load_mask(in + offset[l], row_mask[l]);
             V::transpose(r);
@@ -250,15 +251,18 @@ class CsrTiles {
   }
 
   // NCHW, lanes = neighbouring pixels: a plain copy.
-  void pack_pixels(int64_t c0, int64_t channels) {
-    const S* in = static_cast<const S*>(params_.x) + (lane_[0].image * s_.c + c0) * s_.w;
+  void pack_pixels(int64_t c0, ChannelList list, int64_t channels) {
+    const S* const x = static_cast<const S*>(params_.x) + (lane_[0].image * s_.c + c0) * s_.w;
     T* out = panel_;
     const int64_t p0 = x0_ * L;
-    const int64_t ahead = (kPrefetchPixels / plan_.cols + 1) * s_.w;
-    for (int64_t c = 0; c < channels; ++c, in += s_.w, out += plan_.channel_pitch * L) {
+    const int64_t distance = kPrefetchPixels / plan_.cols + 1;
+    for (int64_t c = 0; c < channels; ++c, out += plan_.channel_pitch * L) {
+      const int64_t next = c + distance < channels ? c + distance : channels - 1;
+      const S* const in = x + list[c] * s_.w;
+      const S* const ahead = x + list[next] * s_.w;
       for (int64_t j = 0; j < plan_.cols; ++j) {
         const int64_t p = p0 + j * L;
-        __builtin_prefetch(in + p + ahead);
+        __builtin_prefetch(ahead + p);
         V::store(out + j * L, V::load_mask(in + p, range_mask<L>(p, 0, s_.w)));
       }
     }
@@ -280,14 +284,16 @@ class CsrTiles {
   }
 
   // NCHW, lanes = neighbouring pixels, whole vectors and S = T: the image itself is the panel.
-  const T* in_place(int64_t c0, int64_t vector) const {
-    return static_cast<const T*>(params_.x) + (lane_[0].image * s_.c + c0) * s_.w + vector * L;
+  const T* in_place(int64_t group, int64_t first, int64_t vector) const {
+    return static_cast<const T*>(params_.x) +
+           (lane_[0].image * s_.c + first_channel(group, first)) * s_.w + vector * L;
   }
 
   // NHWC: L lanes, L channels each, transposed to channels of L lanes.
-  void pack_nhwc(int64_t c0, int64_t channels) {
+  void pack_nhwc(int64_t c0, ChannelList list, int64_t channels) {
     const S* const x = static_cast<const S*>(params_.x);
     const int64_t step = plan_.interleaved ? L : 1;
+    const ptrdiff_t pitch = static_cast<ptrdiff_t>(plan_.channel_pitch) * L;
     for (int64_t j = 0; j < plan_.cols; ++j) {
       const int64_t col = plan_.col_source[j] * step;
       for (int64_t i = 0; i < plan_.rows; ++i) {
@@ -300,21 +306,51 @@ class CsrTiles {
           valid[l] = lane.active && h >= 0 && h < s_.h && w >= 0 && w < s_.w;
           offset[l] = ((lane.image * s_.h + h) * s_.w + w) * s_.c + c0;
         }
-        T* out = panel_ + (i * plan_.cols + j) * L;
-        const ptrdiff_t channel = static_cast<ptrdiff_t>(plan_.channel_pitch) * L;
-        for (int64_t c = 0; c < channels; c += L) {
-          const uint32_t mask = range_mask<L>(c, 0, channels);
+        T* const out = panel_ + (i * plan_.cols + j) * L;
+        int64_t n;  // channels taken from L neighbouring ones
+        for (int64_t c = 0; c < channels; c += n) {
+          const int64_t c1 = list[c];
+          for (n = 1; n < L && c + n < channels && list[c + n] < c1 + L; ++n) {
+          }
+          const uint32_t mask = range_mask<L>(0, 0, list[c + n - 1] + 1 - c1);
           reg r[L];
 #pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) r[l] = V::load_mask(x + offset[l] + c, valid[l] ? mask : 0);
+          for (int l = 0; l < L; ++l) r[l] = V::load_mask(x + offset[l] + c1, valid[l] ? mask : 0);
           V::transpose(r);
-          const int64_t n = channels - c < L ? channels - c : L;
+          T* to = out + c * pitch;
+          int64_t k = 0;
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) {
-            if (l < n) V::store(out + (c + l) * channel, r[l]);
+            if (k < n && list[c + k] == c1 + l) {
+              V::store(to, r[l]);
+              to += pitch;
+              ++k;
+            }
           }
         }
       }
+    }
+  }
+
+  // The filters of a chunk in ascending order: their places among its sums, and themselves.
+  struct FilterOrder {
+    const int32_t* by_filter;  // null where places ascend with filters
+    const int32_t* filter_of;
+    SPARSECNN_INLINE int64_t place(int64_t i) const { return by_filter ? by_filter[i] : i; }
+    SPARSECNN_INLINE int64_t filter(int64_t i) const {
+      return by_filter ? filter_of[by_filter[i]] : i;
+    }
+  };
+
+  // Stores a vector of the i-th of them and its followers; neighbours in the output together.
+  SPARSECNN_INLINE void finish_filters(reg v, int64_t offset, const FilterOrder& order, int64_t i,
+                                       int64_t n) {
+    for (int64_t j = 0; j < n;) {
+      const int64_t first = order.filter(i + j);
+      int64_t end = j + 1;
+      while (end < n && order.filter(i + end) == first + end - j) ++end;
+      finish_(v, offset + first - j, range_mask<L>(0, j, end));
+      j = end;
     }
   }
 
@@ -323,6 +359,9 @@ class CsrTiles {
   void unpack(const T* sums, int64_t k0, int64_t filters) {
     constexpr int H = L / 2;
     const ptrdiff_t filter = static_cast<ptrdiff_t>(plan_.ny) * plan_.nx * L;
+    const bool moved = plan_.filter_of != nullptr;
+    const FilterOrder order{moved ? plan_.by_filter + k0 : nullptr, plan_.filter_of + k0};
+    const int64_t first = moved ? 0 : k0;
     for (int64_t y = 0; y < plan_.ny && y0_ + y < plan_.tile_h; ++y) {
       for (int64_t x = 0; x < plan_.nx && x0_ + x < plan_.tile_w; ++x) {
         int64_t offset[L];
@@ -331,20 +370,27 @@ class CsrTiles {
           const Lane& lane = lane_[l];
           const int64_t p = out_row(lane, y), q = out_col(lane, x);
           inside[l] = lane.active && p < s_.p && q < s_.q;
-          offset[l] = ((lane.image * s_.p + p) * s_.q + q) * s_.k + k0;
+          offset[l] = ((lane.image * s_.p + p) * s_.q + q) * s_.k + first;
         }
         const T* in = sums + (y * plan_.nx + x) * L;
         int64_t k = 0;
-        for (; k + H < filters; k += L) {
+        for (; k + (moved ? 0 : H) < filters; k += L) {
           const int64_t n = filters - k < L ? filters - k : L;
           const uint32_t mask = range_mask<L>(0, 0, n);
           reg r[L];
 #pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) r[j] = j < n ? V::load(in + (k + j) * filter) : V::zero();
+          for (int j = 0; j < L; ++j) {
+            r[j] = j < n ? V::load(in + order.place(k + j) * filter) : V::zero();
+          }
           V::transpose(r);
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) {
-            if (inside[l]) finish_(r[l], offset[l] + k, mask);
+            if (!inside[l]) continue;
+            if (moved) {
+              finish_filters(r[l], offset[l], order, k, n);
+            } else {
+              finish_(r[l], offset[l] + k, mask);
+            }
           }
         }
         if (k >= filters) continue;
