@@ -24,8 +24,6 @@ struct RowArgs {
 // Where the sums of a filter go: back to the partial sums ...
 template <class V>
 struct ToPartial {
-  static constexpr bool kOneRow = false;  // or blocks of any height
-
   template <int NY, int NX>
   SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T* partial, int64_t) {
 #pragma GCC unroll 8
@@ -40,11 +38,12 @@ struct ToPartial {
 // transposed back to rows of pixels while they are in registers ...
 template <class V, class S>
 struct ToTiles {
-  static constexpr bool kOneRow = false;
   const Finish<V, S>& finish;
   const int64_t* offset;  // (NY, L): of a lane's row in filter 0
   const uint32_t* mask;   // (NY, L): its pixels
   int64_t plane;          // elements between filters
+
+  ToTiles row(int64_t y) const { return {finish, offset + y * V::L, mask + y * V::L, plane}; }
 
   template <int NY, int NX>
   SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
@@ -90,10 +89,11 @@ struct ToTiles {
 // ... and lanes that are pixels are stored as they are.
 template <class V, class S>
 struct ToPixels {
-  static constexpr bool kOneRow = true;
   const Finish<V, S>& finish;
   int64_t offset, pitch;  // of the block's first pixel in filter 0; elements between filters
   int64_t pixels;         // left in the row of pixels
+
+  ToPixels row(int64_t) const { return *this; }
 
   template <int NY, int NX>
   SPARSECNN_INLINE void store(typename V::reg (&acc)[NY][NX], typename V::T*, int64_t f) {
