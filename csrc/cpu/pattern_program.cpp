@@ -184,7 +184,7 @@ void stream(PatternProgram& program, std::vector<T>& values, const PatternConv2d
     const int64_t g = i / plan.channels, c = plan.channel ? plan.channel[i] : i % plan.channels;
     place[static_cast<size_t>(g * cg + c)] = static_cast<int32_t>(i % plan.channels);
   }
-  program.offsets.resize(static_cast<size_t>(column_count));
+  std::vector<int32_t> offset_of(static_cast<size_t>(column_count));
   // First column of each group in each panel.
   std::vector<int32_t> bound(static_cast<size_t>(groups * (panels + 1)));
   for (int64_t g = 0; g < groups; ++g) {
@@ -199,9 +199,21 @@ void stream(PatternProgram& program, std::vector<T>& values, const PatternConv2d
       int64_t offset = plan.tap_offset[in_panel * taps + p.columns[i] % taps];
       // An image read in place by some of its channels is addressed from the group's first.
       if (plan.in_place && plan.channel) offset = c * plan.channel_pitch * plan.lanes;
-      program.offsets[static_cast<size_t>(i)] = static_cast<int32_t>(offset * sizeof(T));
+      offset_of[static_cast<size_t>(i)] = static_cast<int32_t>(offset * sizeof(T));
     }
     while (panel < panels) b[++panel] = p.group_columns[g + 1];
+  }
+  // Panel by panel, so that the kernel reads on where it stopped.
+  program.offsets.reserve(static_cast<size_t>(column_count));
+  std::vector<int32_t> run_first(static_cast<size_t>(panels * groups));
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int32_t* const b = bound.data() + g * (panels + 1) + panel;
+      run_first[static_cast<size_t>(panel * groups + g)] =
+          static_cast<int32_t>(program.offsets.size());
+      program.offsets.insert(program.offsets.end(), offset_of.begin() + b[0],
+                             offset_of.begin() + b[1]);
+    }
   }
   std::vector<int64_t> group_values(static_cast<size_t>(groups));  // first of each group
   for (int64_t g = 0, sum = 0; g < groups; ++g) {
@@ -224,7 +236,7 @@ void stream(PatternProgram& program, std::vector<T>& values, const PatternConv2d
         const int64_t filters = p.group_rows[b.group + 1] - p.group_rows[b.group];
         const int32_t* const bounds = bound.data() + b.group * (panels + 1) + panel;
         program.runs[static_cast<size_t>(panel) * blocks.size() + static_cast<size_t>(i)] = {
-            bounds[0], bounds[1] - bounds[0]};
+            run_first[static_cast<size_t>(panel * groups + b.group)], bounds[1] - bounds[0]};
         const S* const group = in + group_values[static_cast<size_t>(b.group)];
         for (int32_t column = bounds[0]; column < bounds[1]; ++column) {
           const S* const from = group + (column - p.group_columns[b.group]) * filters + b.row -

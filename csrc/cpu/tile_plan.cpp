@@ -27,6 +27,8 @@ constexpr double kPartialCycles = 1.3;  // load and store of one vector of parti
 constexpr double kWideCycles = 0.08;    // added to it per vector of a block beyond 14
 constexpr double kL2Penalty = 0.6;      // added to an FMA whose operand comes from L2
 constexpr double kL1Bytes = 36 << 10;   // panel from which on operands do
+constexpr int64_t kTlbPages = 64, kPageBytes = 4096;
+constexpr double kTlbCycles = 7.0;      // from the second-level TLB
 constexpr double kStoredCycles = 5.0;   // added per nonzero of a weight not streamed
 constexpr double kListCycles = 20.0;    // and per visit, to find its bounds
 // The two sides of a panel.
@@ -146,10 +148,13 @@ double evaluate(TilePlan& plan, const ConvParams& params, const TileWork& work,
     const double miss = std::max(0.0, 1.0 - kL1Bytes / panel);
     const double filters = work.columns > 0 ? work.stored / work.columns : 1;  // of a column
     const double fma = filters > 1 ? kReuseCycles : kFmaCycles;
+    // Channels of an image read in place lie a page or more apart: past the first-level TLB, each
+    // column pays for its translation.
+    const bool scattered = plan.in_place && block > kTlbPages && s.w * element_bytes >= kPageBytes;
     const double entry = std::max(static_cast<double>(vectors) * (filters * fma + kL2Penalty * miss) +
                                       kEntryCycles,
                                   kChainCycles) +
-                         (plan.streamed ? 0 : kStoredCycles);
+                         (plan.streamed ? 0 : kStoredCycles) + (scattered ? kTlbCycles : 0);
     const double sums = static_cast<double>(kg * panels);
     const double visits = work.blocks * per_group * static_cast<double>(panels);
     const double partial =
