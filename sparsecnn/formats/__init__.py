@@ -1,5 +1,6 @@
 """Packed weight formats: dense to packed and back, validated once."""
 
 from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.formats.pattern import PatternWeight
 
-__all__ = ["CSRWeight"]
+__all__ = ["CSRWeight", "PatternWeight"]
