@@ -34,7 +34,7 @@ from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
 from ._accelerate.survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
 from .measure import Report
-from .nn import SPARSE_LAYERS, FusedConv2d
+from .nn import PACKED_LAYERS, FusedConv2d
 
 __all__ = ["accelerate", "accelerate_", "densify", "densify_"]
 
@@ -205,7 +205,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"densify_: expected model to be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, tuple(SPARSE_LAYERS.values())):
+    if isinstance(model, PACKED_LAYERS):
         raise ValueError(
             f"densify_: expected model with layers inside, got a bare {type(model).__name__}, "
             "which cannot be replaced in place; use densify"
@@ -222,7 +222,7 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 def _densify(model: nn.Module) -> nn.Module:
-    kinds = tuple(SPARSE_LAYERS.values())
+    kinds = PACKED_LAYERS
     swaps: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if not isinstance(module, kinds):
@@ -297,7 +297,7 @@ def _check(
 
 def _check_layers(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, tuple(SPARSE_LAYERS.values())):
+        if isinstance(module, PACKED_LAYERS):
             raise ValueError(
                 f"{what}: expected model with dense layers, got {type(module).__name__} at "
                 f"{name!r}; call sparsecnn.densify first"
