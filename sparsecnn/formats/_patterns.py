@@ -13,7 +13,7 @@ PADDING_LIMIT = 0.1
 """Largest share of zeros among the stored values of a pattern that counts as being there."""
 NM_FILLED = 0.8
 """Least share of what n:m allows that must be stored: a random mask of 98 % zeros is not 2:4."""
-NM_WINDOWS = (4, 8, 16, 2)
+NM_WINDOWS = (2, 4, 8, 16)
 
 Shape = tuple[int, int, int, int]
 
@@ -93,7 +93,7 @@ def _shared(name: str, keep: Tensor, groups: int, whole: bool) -> Found:
     """All filters of a group that are not empty together, with what any of them keeps or all."""
     k, columns = keep.shape
     filled = keep.any(1)
-    union = keep.reshape(groups, -1, columns).any(1) | whole
+    union = keep.reshape(groups, k // groups, columns).any(1) | whole
     spread = union.repeat_interleave(k // groups, 0) & filled[:, None]
     return _clusters(name, spread, groups, int(keep.sum()))
 
@@ -101,6 +101,22 @@ def _shared(name: str, keep: Tensor, groups: int, whole: bool) -> Found:
 def _whole_kernels(keep: Tensor, shape: Shape) -> Tensor:
     k, c, r, s = shape
     return keep.reshape(k, c, r * s).any(2, keepdim=True).expand(-1, -1, r * s).reshape(k, -1)
+
+
+def _kernels(keep: Tensor, shape: Shape, groups: int) -> Found | None:
+    """Filters with the same kernels together; a filter alone keeps its nonzeros."""
+    entries = int(keep.sum())
+    found = _clusters("kernel", _whole_kernels(keep, shape), groups, entries)
+    if not _is_there(found, keep):
+        return None
+    if len(found.sizes) < shape[0]:
+        return found
+    return Found("kernel", found.filters, found.sizes, keep, entries)
+
+
+def _is_there(found: Found, keep: Tensor) -> bool:
+    zeros, padding = keep.numel() - found.entries, found.stored - found.entries
+    return found.padding <= PADDING_LIMIT and padding <= zeros / 2
 
 
 def _windows(keep: Tensor, shape: Shape, m: int) -> int:
@@ -128,17 +144,21 @@ def _candidates(keep: Tensor, shape: Shape, groups: int) -> Iterator[Found]:
         if found.stored < size:
             yield found
     if r * s > 1:
-        kernels = _whole_kernels(keep, shape)
-        if not bool(kernels.all()):
-            yield _clusters("kernel", kernels, groups, entries)
+        found = _kernels(keep, shape, groups)
+        if found is not None and found.stored < size:
+            yield found
     found = _clusters("cluster", keep, groups, entries)
     if entries < size and len(found.sizes) < k:
         yield found
-    for m in NM_WINDOWS:
-        n = _windows(keep, shape, m)
-        if 0 < n <= m // 2 and entries >= NM_FILLED * n / m * size:
-            yield _clusters(f"{n}:{m}", keep, groups, entries)
-            break
+    ratios = ((_windows(keep, shape, m), m) for m in NM_WINDOWS)
+    tight = [
+        (n / m, m, n)
+        for n, m in ratios
+        if 0 < n <= m // 2 and entries >= NM_FILLED * n / m * size
+    ]
+    if tight:
+        _, m, n = min(tight)
+        yield _clusters(f"{n}:{m}", keep, groups, entries)
 
 
 def find_pattern(keep: Tensor, shape: Shape, groups: int) -> Found:
@@ -152,9 +172,7 @@ def find_pattern(keep: Tensor, shape: Shape, groups: int) -> Found:
     best = _blocks("none", keep, groups, 1)
     cost = best.cost
     for found in reversed(list(_candidates(keep, shape, groups))):
-        zeros, padding = keep.numel() - found.entries, found.stored - found.entries
-        explains = padding <= zeros / 2
-        if explains and found.padding <= PADDING_LIMIT and found.cost <= cost:
+        if _is_there(found, keep) and found.cost <= cost:
             best, cost = found, found.cost
     return best
 
@@ -172,7 +190,8 @@ def pattern_of(keep: Tensor, shape: Shape, groups: int, name: str) -> Found:
     elif vector:
         found = _blocks(name, keep, groups, int(vector[1]))
     elif name == "kernel":
-        found = _clusters(name, _whole_kernels(keep, shape), groups, entries)
+        whole = _clusters(name, _whole_kernels(keep, shape), groups, entries)
+        found = _kernels(keep, shape, groups) or whole
     elif name == "cluster":
         found = _clusters(name, keep, groups, entries)
         if len(found.sizes) == shape[0] > 1:

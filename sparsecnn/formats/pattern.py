@@ -9,7 +9,7 @@ an input once for all filters of the group and reads one index for all their wei
 | `shape`   | all filters that are not empty      | those not zero in all of them               |
 | `filter`  | all filters that are not empty      | all                                         |
 | `vectorV` | V neighbouring filters              | those not zero in all of them               |
-| `kernel`  | filters with the same kernels       | whole kernels ``W[k, c]``                   |
+| `kernel`  | filters with the same kernels       | whole kernels; nonzeros of a lone filter    |
 | `cluster` | filters with the same support       | the support; the filters are permuted       |
 | `n:m`     | one filter, or several of a support | at most n of m consecutive channels per tap |
 | `none`    | one filter                          | its nonzeros, no pattern                    |
@@ -76,8 +76,9 @@ class PatternWeight:
         each where a filter is alone, 1.04 where two or three share a column, 1 from four on (what
         a multiply-add takes in cycles); on a tie the one further up in this list: ``shape``,
         ``filter``, ``vectorV`` from the largest V down, ``kernel``, ``cluster``, ``n:m``, ``none``.
-        V is tried as the powers of two up to K/G, m as 4, 8, 16 and 2; n:m needs n <= m/2 and at
-        least 0.8 of what it allows. A pattern that is named need not pass these guards.
+        V is tried as the powers of two below K/G, m as 2, 4, 8 and 16 for the least n/m; n:m needs
+        n <= m/2 and at least 0.8 of what it allows. A pattern that is asked for only has to hold
+        with one zero in ten.
 
         Args:
             weight: ``(K, C/G, R, S)`` or ``(O, I)``, floating point. NaN counts as a nonzero.

@@ -74,10 +74,10 @@ def pack(problem: Problem, cut: int | str = "all", permuted: bool = False) -> Pa
     for size in cut_rows(per_group, cut) * case.groups:
         rows = order[group_rows[-1] : group_rows[-1] + size]
         kept = (weight[rows] != 0).any(0).nonzero()[:, 0]
-        for row in rows.tolist():
-            empty = kept[weight[row, kept] == 0]
-            weight[row, empty] = filler[row, empty]
-        values.append(weight[rows][:, kept].t().reshape(-1))
+        places = rows[:, None], kept[None]
+        block = torch.where(weight[places] == 0, filler[places], weight[places])
+        weight[places] = block
+        values.append(block.t().reshape(-1))
         columns.append(kept)
         group_rows.append(group_rows[-1] + size)
         group_columns.append(group_columns[-1] + len(kept))
