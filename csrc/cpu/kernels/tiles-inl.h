@@ -310,14 +310,21 @@ class Tiles {
         int64_t n;  // channels taken from L neighbouring ones
         for (int64_t c = 0; c < channels; c += n) {
           const int64_t c1 = list[c];
-          for (n = 1; n < L && c + n < channels && list[c + n] < c1 + L; ++n) {
-          }
+          n = channels - c < L ? channels - c : L;
+          while (list.list && list[c + n - 1] >= c1 + L) --n;
           const uint32_t mask = range_mask<L>(0, 0, list[c + n - 1] + 1 - c1);
           reg r[L];
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) r[l] = V::load_mask(x + offset[l] + c1, valid[l] ? mask : 0);
           V::transpose(r);
           T* to = out + c * pitch;
+          if (!list.list) {
+#pragma GCC unroll 16
+            for (int l = 0; l < L; ++l) {
+              if (l < n) V::store(to + l * pitch, r[l]);
+            }
+            continue;
+          }
           int64_t k = 0;
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) {
