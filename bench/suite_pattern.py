@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ import sparsecnn
 from bench.cases import LAYERS, ConvLayer, random_input
 from bench.suite import LAYOUTS, Settings, in_layouts, measured, result
 from bench.suite_csr import verify
+from bench.timing import Run
 
 PATTERNS = ("shape", "vector8", "kernel", "2:4")
 NAMES = tuple(
@@ -61,7 +63,32 @@ def pattern_weight(layer: ConvLayer, pattern: str, density: float, *, seed: int 
     return scale * torch.randn(layer.weight_shape, generator=generator) * mask
 
 
-def rows(settings: Settings) -> Iterator[dict[str, object]]:
+def contestants(
+    layer: ConvLayer, weight: Tensor, packed: sparsecnn.PatternWeight, x: Tensor
+) -> tuple[dict[str, Callable[[], Run]], Callable[[Tensor], Tensor]]:
+    """Factories with buffers of their own for the timer, and our function for the check."""
+    csr = sparsecnn.CSRWeight.from_dense(weight)
+    stride, pad = layer.stride, layer.padding
+
+    def ours(image: Tensor) -> Tensor:
+        return sparsecnn.ops.pattern_conv2d(image, packed, stride=stride, padding=pad)
+
+    def unstructured(image: Tensor) -> Tensor:
+        return sparsecnn.ops.csr_conv2d(image, csr, stride=stride, padding=pad)
+
+    def dense(form: torch.memory_format) -> Callable[[Tensor], Tensor]:
+        own = weight.clone(memory_format=form)
+        return lambda image: F.conv2d(image, own, None, stride, pad)
+
+    factories = {
+        **in_layouts("dense", x, dense),
+        **in_layouts("csr", x, lambda form: unstructured),
+        **in_layouts("pattern", x, lambda form: ours),
+    }
+    return factories, ours
+
+
+def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure every layer in every pattern at every density; one row of the results at a time."""
     for case in settings.names:
         name, pattern = case.split(":", 1)
@@ -73,56 +100,14 @@ def rows(settings: Settings) -> Iterator[dict[str, object]]:
             weight = pattern_weight(layer, pattern, density).to(settings.device, settings.dtype)
             packed = sparsecnn.PatternWeight.from_dense(weight)
             assert packed.pattern == pattern, f"{case}: found {packed.pattern}"
-            csr = sparsecnn.CSRWeight.from_dense(weight)
-            stride, pad = layer.stride, layer.padding
-
-            def ours(
-                form: torch.memory_format,
-                w: sparsecnn.PatternWeight = packed,
-                stride: int = stride,
-                pad: int = pad,
-            ) -> Callable[[Tensor], Tensor]:
-                return lambda image: sparsecnn.ops.pattern_conv2d(
-                    image, w, stride=stride, padding=pad
-                )
-
-            def unstructured(
-                form: torch.memory_format,
-                w: sparsecnn.CSRWeight = csr,
-                stride: int = stride,
-                pad: int = pad,
-            ) -> Callable[[Tensor], Tensor]:
-                return lambda image: sparsecnn.ops.csr_conv2d(image, w, stride=stride, padding=pad)
-
-            def dense(
-                form: torch.memory_format,
-                weight: Tensor = weight,
-                stride: int = stride,
-                pad: int = pad,
-            ) -> Callable[[Tensor], Tensor]:
-                own = weight.clone(memory_format=form)
-                return lambda image: F.conv2d(image, own, None, stride, pad)
-
-            def in_form(form: torch.memory_format) -> Callable[[Tensor], Tensor]:
-                run = ours(form)  # noqa: B023  (called before the next case)
-                return lambda image: run(image.contiguous(memory_format=form))
-
-            error = max(
-                verify(layer, weight, x, in_form(form), settings.dtype) for form in LAYOUTS.values()
-            )
+            factories, ours = contestants(layer, weight, packed, x)
+            images = [x.contiguous(memory_format=form) for form in LAYOUTS.values()]
+            error = max(verify(layer, weight, image, ours, settings.dtype) for image in images)
             p, q = layer.out_size
             y_bytes = settings.batch * layer.k * p * q * x.element_size()
-            stats = measured(
-                {
-                    **in_layouts("dense", x, dense),
-                    **in_layouts("csr", x, unstructured),
-                    **in_layouts("pattern", x, ours),
-                },
-                x.nbytes + y_bytes + packed.nbytes,
-                settings,
-            )
+            stats = measured(factories, x.nbytes + y_bytes + packed.nbytes, settings)
             best = {
-                kind: min(s.median_s for n, s in stats.items() if n.startswith(kind))
+                kind: min(s.median_s for label, s in stats.items() if label.startswith(kind))
                 for kind in ("csr", "pattern")
             }
             yield result(

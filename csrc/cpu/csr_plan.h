@@ -8,7 +8,7 @@ namespace sparsecnn::cpu {
 inline constexpr int64_t kBoundsPad = 4;
 
 struct CsrPlan : TilePlan {
-  const void* entries;   // CsrEntry<float or double>, if streamed: chunk by chunk, panel by panel
+  const void* entries;  // CsrEntry<float or double>, if streamed: chunk by chunk, panel by panel
   const int64_t* panel_entries;  // (chunks, panels): first entry of a chunk's part of a panel
   const int32_t* counts;         // (chunks, panels, filters of the chunk): entries of each filter
   int64_t bounds_offset;         // of a table in the thread's scratch, if not streamed

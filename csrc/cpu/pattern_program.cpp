@@ -81,8 +81,8 @@ std::vector<int32_t> read_channels(const PatternConv2dParams& p) {
   }
   int64_t most = 0;
   for (int64_t g = 0; g < s.groups; ++g) {
-    most = std::max<int64_t>(
-        most, std::count(read.begin() + g * cg, read.begin() + (g + 1) * cg, true));
+    most = std::max<int64_t>(most,
+                             std::count(read.begin() + g * cg, read.begin() + (g + 1) * cg, true));
   }
   most = std::max<int64_t>(most, std::min<int64_t>(cg, 1));
   std::vector<int32_t> channel;
@@ -239,8 +239,8 @@ void stream(PatternProgram& program, std::vector<T>& values, const PatternConv2d
             run_first[static_cast<size_t>(panel * groups + b.group)], bounds[1] - bounds[0]};
         const S* const group = in + group_values[static_cast<size_t>(b.group)];
         for (int32_t column = bounds[0]; column < bounds[1]; ++column) {
-          const S* const from = group + (column - p.group_columns[b.group]) * filters + b.row -
-                                p.group_rows[b.group];
+          const S* const from =
+              group + (column - p.group_columns[b.group]) * filters + b.row - p.group_rows[b.group];
           for (int32_t f = 0; f < b.size; ++f) *out++ = widen(from[f]);
         }
       }
@@ -260,9 +260,10 @@ std::shared_ptr<const PatternProgram> build(const PatternConv2dParams& params, i
                                             int32_t threads) {
   auto program = std::make_shared<PatternProgram>();
   program->channel = read_channels(params);
-  const int64_t channels = program->channel.empty()
-                               ? params.shape.channels_per_group()
-                               : static_cast<int64_t>(program->channel.size()) / params.shape.groups;
+  const int64_t channels =
+      program->channel.empty()
+          ? params.shape.channels_per_group()
+          : static_cast<int64_t>(program->channel.size()) / params.shape.groups;
   TileWork options[kFilterBlockSizes];
   int32_t option_count = 0;
   for (const int32_t size : kFilterBlocks) {
@@ -280,8 +281,8 @@ std::shared_ptr<const PatternProgram> build(const PatternConv2dParams& params, i
   plan.channel = program->channel.empty() ? nullptr : program->channel.data();
   const int64_t element = element_bytes(params);
   lay_out_panel(plan, program->tiles, element);
-  const std::vector<Block> blocks =
-      cut_chunks(*program, params, cut_groups(params, plan.filter_block), chunk_room(plan, element));
+  const std::vector<Block> blocks = cut_chunks(
+      *program, params, cut_groups(params, plan.filter_block), chunk_room(plan, element));
   lay_out_chunks(plan, program->tiles, element);
   order_filters(*program, params, blocks);
   switch (params.dtype) {
@@ -289,12 +290,10 @@ std::shared_ptr<const PatternProgram> build(const PatternConv2dParams& params, i
       stream<float, float>(*program, program->values_float, params, blocks, count, column_count);
       break;
     case DType::kBFloat16:
-      stream<float, uint16_t>(*program, program->values_float, params, blocks, count,
-                              column_count);
+      stream<float, uint16_t>(*program, program->values_float, params, blocks, count, column_count);
       break;
     case DType::kFloat64:
-      stream<double, double>(*program, program->values_double, params, blocks, count,
-                             column_count);
+      stream<double, double>(*program, program->values_double, params, blocks, count, column_count);
       break;
     case DType::kFloat16:
       break;  // refused by the glue: no CPU kernel
@@ -313,9 +312,9 @@ std::shared_ptr<const PatternProgram> build(const PatternConv2dParams& params, i
 int64_t PatternProgram::bytes() const {
   const size_t small = channel.size() + filter_of.size() + by_filter.size() + chunk_blocks.size() +
                        offsets.size() + values_float.size();
-  return static_cast<int64_t>(sizeof(PatternProgram) + 4 * small +
-                              8 * (chunk_first.size() + values_begin.size() + runs.size() +
-                                   values_double.size())) +
+  return static_cast<int64_t>(
+             sizeof(PatternProgram) + 4 * small +
+             8 * (chunk_first.size() + values_begin.size() + runs.size() + values_double.size())) +
          tiles.bytes();
 }
 

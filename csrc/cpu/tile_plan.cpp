@@ -5,14 +5,14 @@
 // best of a sweep on five layers. They only rank alternatives.
 #include "cpu/tile_plan.h"
 
-#include "cpu/csr_plan.h"
-
 #include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <numeric>
 #include <unordered_map>
 #include <vector>
+
+#include "cpu/csr_plan.h"
 
 namespace sparsecnn::cpu {
 namespace {
@@ -28,9 +28,9 @@ constexpr double kWideCycles = 0.08;    // added to it per vector of a block bey
 constexpr double kL2Penalty = 0.6;      // added to an FMA whose operand comes from L2
 constexpr double kL1Bytes = 36 << 10;   // panel from which on operands do
 constexpr int64_t kTlbPages = 64, kPageBytes = 4096;
-constexpr double kTlbCycles = 7.0;      // from the second-level TLB
-constexpr double kStoredCycles = 5.0;   // added per nonzero of a weight not streamed
-constexpr double kListCycles = 20.0;    // and per visit, to find its bounds
+constexpr double kTlbCycles = 7.0;     // from the second-level TLB
+constexpr double kStoredCycles = 5.0;  // added per nonzero of a weight not streamed
+constexpr double kListCycles = 20.0;   // and per visit, to find its bounds
 // The two sides of a panel.
 constexpr double kTransposeCycles = 8.0;       // per vector packed through an L x L transpose
 constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
@@ -151,17 +151,16 @@ double evaluate(TilePlan& plan, const ConvParams& params, const TileWork& work,
     // Channels of an image read in place lie a page or more apart: past the first-level TLB, each
     // column pays for its translation.
     const bool scattered = plan.in_place && block > kTlbPages && s.w * element_bytes >= kPageBytes;
-    const double entry = std::max(static_cast<double>(vectors) * (filters * fma + kL2Penalty * miss) +
-                                      kEntryCycles,
-                                  kChainCycles) +
-                         (plan.streamed ? 0 : kStoredCycles) + (scattered ? kTlbCycles : 0);
+    const double entry =
+        std::max(static_cast<double>(vectors) * (filters * fma + kL2Penalty * miss) + kEntryCycles,
+                 kChainCycles) +
+        (plan.streamed ? 0 : kStoredCycles) + (scattered ? kTlbCycles : 0);
     const double sums = static_cast<double>(kg * panels);
     const double visits = work.blocks * per_group * static_cast<double>(panels);
     const double partial =
         kPartialCycles + kWideCycles * static_cast<double>(std::max<int64_t>(0, vectors - 14));
     // NCHW layers store the last panel's sums from the row loop.
-    const double summed =
-        params.layout == Layout::kNHWC ? sums : sums - static_cast<double>(kg);
+    const double summed = params.layout == Layout::kNHWC ? sums : sums - static_cast<double>(kg);
     const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
@@ -303,7 +302,7 @@ int64_t filter_bytes(const TilePlan& plan, int64_t panels, int64_t element_bytes
 // stride is absorbed here and the kernel always steps by one vector. Gaps of a large dilation are
 // left out.
 int32_t pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int32_t* source,
-                      int32_t* tap_index) {
+                  int32_t* tap_index) {
   int32_t count = 0;
   for (int64_t first = 0; first < taps; ++first) {
     const int64_t phase = first * dil % stride;

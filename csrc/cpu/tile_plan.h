@@ -44,10 +44,10 @@ struct TilePlan {
   // not worth it where each nonzero is used for a vector or two, as in a linear layer.
   bool streamed;
   // Tables, owned by the program.
-  int32_t* tap_offset;       // (channel_block * R * S): element offset of a column in the panel
-  int32_t* row_source;       // (rows): input row relative to the first row of the block
-  int32_t* col_source;       // (cols): input column, likewise
-  int32_t* col_slot;         // (span): packed column of a source column, or -1
+  int32_t* tap_offset;         // (channel_block * R * S): element offset of a column in the panel
+  int32_t* row_source;         // (rows): input row relative to the first row of the block
+  int32_t* col_source;         // (cols): input column, likewise
+  int32_t* col_slot;           // (span): packed column of a source column, or -1
   const int64_t* chunk_begin;  // (groups * filter_chunks + 1): first filter of a chunk
   const int32_t* channel;    // (groups, channels): ascending, of the group; null where all are read
   const int32_t* filter_of;  // (K): the filter at a place in the kernel's order; null where equal

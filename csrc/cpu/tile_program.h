@@ -26,9 +26,7 @@ struct TileTables {
   std::vector<int32_t> tables;
   std::vector<int64_t> chunk_begin;
 
-  int64_t bytes() const {
-    return static_cast<int64_t>(4 * tables.size() + 8 * chunk_begin.size());
-  }
+  int64_t bytes() const { return static_cast<int64_t>(4 * tables.size() + 8 * chunk_begin.size()); }
 };
 
 inline int64_t element_bytes(const ConvParams& params) {

@@ -33,10 +33,10 @@ Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& c
       rows_of(group_rows, x, "group_rows"), columns_of(group_columns, x, "group_columns");
   const ConvShape s =
       conv_shape(kOp, x, order.tensor.numel(), {kernel_size, stride, padding, dilation, groups});
-  STD_TORCH_CHECK(rows_of.tensor.numel() >= 1 &&
-                      rows_of.tensor.numel() == columns_of.tensor.numel(),
-                  kOp, ": expected group_rows and group_columns of one length >= 1, got ",
-                  rows_of.tensor.numel(), " and ", columns_of.tensor.numel());
+  STD_TORCH_CHECK(
+      rows_of.tensor.numel() >= 1 && rows_of.tensor.numel() == columns_of.tensor.numel(), kOp,
+      ": expected group_rows and group_columns of one length >= 1, got ", rows_of.tensor.numel(),
+      " and ", columns_of.tensor.numel());
   check_same(values, x, kOp, "values");
   STD_TORCH_CHECK(values.dim() == 1, kOp, ": expected values a 1-d tensor");
   STD_TORCH_CHECK(s.columns() < INT32_MAX && cols.tensor.numel() < INT32_MAX && s.k < INT32_MAX,
@@ -56,10 +56,10 @@ Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& c
 
   const cpu::PatternKernels& table = cpu::kernels().pattern;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const std::shared_ptr<const cpu::PatternProgram> program = cpu::pattern_program(
-      params, stored.numel(), cols.tensor.numel(),
-      params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
-      static_cast<int32_t>(threads), table.content_hash);
+  const std::shared_ptr<const cpu::PatternProgram> program =
+      cpu::pattern_program(params, stored.numel(), cols.tensor.numel(),
+                           params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
+                           static_cast<int32_t>(threads), table.content_hash);
   STD_TORCH_CHECK(program != nullptr, kOp,
                   ": expected a sound weight, got corrupt arrays; PatternWeight.validate() says "
                   "which");

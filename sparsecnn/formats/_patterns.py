@@ -131,7 +131,7 @@ def _windows(keep: Tensor, shape: Shape, m: int) -> int:
 
 def _candidates(keep: Tensor, shape: Shape, groups: int) -> Iterator[Found]:
     """Patterns that drop something, the preferred first."""
-    k, c, r, s = shape
+    k, _, r, s = shape
     size, entries, per_group = keep.numel(), int(keep.sum()), k // groups
     found = _shared("shape", keep, groups, whole=False)
     whole = _shared("filter", keep, groups, whole=True)
@@ -144,17 +144,15 @@ def _candidates(keep: Tensor, shape: Shape, groups: int) -> Iterator[Found]:
         if found.stored < size:
             yield found
     if r * s > 1:
-        found = _kernels(keep, shape, groups)
-        if found is not None and found.stored < size:
-            yield found
+        kernels = _kernels(keep, shape, groups)
+        if kernels is not None and kernels.stored < size:
+            yield kernels
     found = _clusters("cluster", keep, groups, entries)
     if entries < size and len(found.sizes) < k:
         yield found
     ratios = ((_windows(keep, shape, m), m) for m in NM_WINDOWS)
     tight = [
-        (n / m, m, n)
-        for n, m in ratios
-        if 0 < n <= m // 2 and entries >= NM_FILLED * n / m * size
+        (n / m, m, n) for n, m in ratios if 0 < n <= m // 2 and entries >= NM_FILLED * n / m * size
     ]
     if tight:
         _, m, n = min(tight)

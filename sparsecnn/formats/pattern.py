@@ -72,9 +72,9 @@ class PatternWeight:
         """Pack a dense weight in the pattern that is there, or in the one asked for.
 
         A pattern is there when it drops at least half of the zeros and stores at most one zero in
-        ten values. Of several the one with the lowest predicted cost is taken: stored values, at 1.16
-        each where a filter is alone, 1.04 where two or three share a column, 1 from four on (what
-        a multiply-add takes in cycles); on a tie the one further up in this list: ``shape``,
+        ten values. Of several the one with the lowest predicted cost is taken: stored values, at
+        1.16 each where a filter is alone, 1.04 where two or three share a column, 1 from four on
+        (what a multiply-add takes in cycles); on a tie the one further up in this list: ``shape``,
         ``filter``, ``vectorV`` from the largest V down, ``kernel``, ``cluster``, ``n:m``, ``none``.
         V is tried as the powers of two below K/G, m as 2, 4, 8 and 16 for the least n/m; n:m needs
         n <= m/2 and at least 0.8 of what it allows. A pattern that is asked for only has to hold
@@ -229,9 +229,7 @@ class PatternWeight:
             raise ValueError("PatternWeight: expected filters to stay in their group")
         stored = int((sizes * kept).sum())
         if self.values.shape[0] != stored:
-            raise ValueError(
-                f"PatternWeight: expected {stored} values, got {self.values.shape[0]}"
-            )
+            raise ValueError(f"PatternWeight: expected {stored} values, got {self.values.shape[0]}")
         if len(self.columns):
             low, high = int(self.columns.min()), int(self.columns.max())
             if low < 0 or high >= columns:

@@ -70,8 +70,10 @@ class PatternConv2d(ConvDropIn):
     @property
     def weight(self) -> PatternWeight:
         """The packed weight, sharing the layer's tensors."""
-        arrays = (self.values, self.columns, self.filters, self.group_rows, self.group_columns)
-        return PatternWeight(*arrays, self.weight_shape, self.groups, self.pattern)
+        return PatternWeight(
+            self.values, self.columns, self.filters, self.group_rows, self.group_columns,
+            self.weight_shape, self.groups, self.pattern,
+        )  # fmt: skip
 
     @property
     def nnz(self) -> int:
@@ -116,7 +118,10 @@ class PatternConv2d(ConvDropIn):
             state |= {prefix + key: getattr(packed, key) for key in _ARRAYS}
         arrays: list[Any] = [state.get(prefix + key) for key in _ARRAYS]
         if all(isinstance(a, Tensor) for a in arrays):
-            loaded = PatternWeight(*arrays, self.weight_shape, self.groups)
+            values, columns, filters, rows, ends = arrays
+            loaded = PatternWeight(
+                values, columns, filters, rows, ends, self.weight_shape, self.groups
+            )
             try:
                 loaded.validate()
             except ValueError as error:

@@ -241,8 +241,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need = ctx.needs_input_grad
     grad_x = grad_values = None
     if need[0] or need[1]:
-        shape = (indices[1].shape[0], x.shape[1] // groups, *kernel_size)
-        places = flat_indices(*indices, shape, values.shape[0])
+        r, s = kernel_size
+        shape = (indices[1].shape[0], x.shape[1] // groups, r, s)
+        columns, filters, rows, ends = indices
+        places = flat_indices(columns, filters, rows, ends, shape, values.shape[0])
         dense = values.new_zeros(shape[0] * shape[1] * shape[2] * shape[3])
         dense = dense.index_put((places,), values).reshape(shape)
         top, bottom, left, right = padding

@@ -64,8 +64,7 @@ def test_a_pattern_is_found_and_kept_to_the_bit(name: str, dtype: torch.dtype) -
     assert packed.nnz == int(weight.count_nonzero()) and packed.padding == 0
     assert math.isclose(packed.density, packed.nnz / weight.numel())
     integers = sum(
-        t.numel()
-        for t in (packed.columns, packed.filters, packed.group_rows, packed.group_columns)
+        t.numel() for t in (packed.columns, packed.filters, packed.group_rows, packed.group_columns)
     )
     assert packed.nbytes == packed.nnz * weight.element_size() + 4 * integers
     arrays = (packed.columns, packed.filters, packed.group_rows, packed.group_columns)
@@ -188,7 +187,12 @@ def test_a_pattern_that_is_not_there_is_refused(asked: Any, there: str, message:
 @pytest.mark.parametrize(
     "weight, groups, error, message",
     [
-        (torch.zeros(4, 3, 3), 1, ValueError, r"weight of shape \(K, C/G, R, S\) or \(O, I\), got \(4"),
+        (
+            torch.zeros(4, 3, 3),
+            1,
+            ValueError,
+            r"weight of shape \(K, C/G, R, S\) or \(O, I\), got \(4",
+        ),
         (torch.zeros(4, 3).int(), 1, TypeError, r"weight a floating-point tensor, got torch"),
         ([1.0], 1, TypeError, r"weight a floating-point tensor, got list"),
         (torch.zeros(4, 3, 1, 1), 3, ValueError, r"groups a positive divisor of K = 4, got 3"),

@@ -124,11 +124,11 @@ def test_a_pattern_can_be_asked_for_and_is_printed() -> None:
     assert asked.group_rows.tolist() == [0, 2, 4, 6, 8]
     assert f"pattern=shape, density={found.density:.3f}" in repr(found)
     assert found.nnz == asked.nnz == int(dense.weight.count_nonzero())
-    with pytest.raises(ValueError, match="pattern '2:4' .*its pattern is 'shape'"):
+    with pytest.raises(ValueError, match=r"pattern '2:4' .*its pattern is 'shape'"):
         PatternConv2d.from_dense(dense, "2:4")
     with pytest.raises(TypeError, match=r"PatternConv2d: expected conv an nn\.Conv2d, got Linear"):
         PatternConv2d.from_dense(nn.Linear(3, 4))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected activation .*got 'gelu'"):
+    with pytest.raises(ValueError, match=r"expected activation .*got 'gelu'"):
         PatternConv2d.from_dense(dense, activation="gelu")
 
 

@@ -51,9 +51,7 @@ def test_every_cut(case: ConvCase, cut: int | str, permuted: bool, isa: str) -> 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("case", CUT_CASES[:4], ids=lambda case: case.id)
-def test_channels_that_no_filter_reads_are_not_read(
-    case: ConvCase, layout: str, isa: str
-) -> None:
+def test_channels_that_no_filter_reads_are_not_read(case: ConvCase, layout: str, isa: str) -> None:
     """They may hold anything: the rest of the network may not even have written them."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         problem = build(case.but(layout=layout, dtype=dtype, integers=True))

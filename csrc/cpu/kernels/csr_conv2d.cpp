@@ -9,7 +9,6 @@ namespace sparsecnn {
 namespace SPARSECNN_ISA {
 namespace {
 
-
 bool conv2d(const CsrConv2dParams& params, const cpu::CsrPlan& plan, int64_t begin, int64_t end,
             void* scratch) {
   switch (params.dtype) {
@@ -20,7 +19,8 @@ bool conv2d(const CsrConv2dParams& params, const cpu::CsrPlan& plan, int64_t beg
       return csr_conv2d_typed<VecFloat, bf16, SPARSECNN_MAX_VECTORS>(params, plan, begin, end,
                                                                      scratch);
     case DType::kFloat64:
-      return csr_conv2d_typed<VecDouble, double, cpu::kDoubleVectors>(params, plan, begin, end, scratch);
+      return csr_conv2d_typed<VecDouble, double, cpu::kDoubleVectors>(params, plan, begin, end,
+                                                                      scratch);
     case DType::kFloat16:
       break;  // refused by the glue: no CPU kernel
   }

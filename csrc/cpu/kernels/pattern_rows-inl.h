@@ -17,9 +17,9 @@ struct PatternStream {
   const int32_t* filter_of;  // of the chunk, or null
 };
 
-// Where the sums of a filter go after the last panel, if they leave from the row loop. Going through
-// memory that is in L1 anyway keeps transposes and stores out of the instances of the row loop: a
-// fifth of the code, for 1.5 cycles a vector.
+// Where the sums of a filter go after the last panel, if they leave from the row loop. Going
+// through memory that is in L1 anyway keeps transposes and stores out of the instances of the row
+// loop: a fifth of the code, for 1.5 cycles a vector.
 template <class V>
 struct PatternSink {
   void (*store)(const void* sink, const typename V::T* sums, int32_t ny, int64_t filter);
@@ -60,8 +60,7 @@ void pattern_rows(const RowArgs<V>& args, PatternStream<typename V::T>& stream, 
       for (int y = 0; y < NY; ++y) {
 #pragma GCC unroll 16
         for (int x = 0; x < NX; ++x) {
-          acc[f][y][x] =
-              a.first_panel ? b : V::load(partial + (f * kVectors + y * NX + x) * V::L);
+          acc[f][y][x] = a.first_panel ? b : V::load(partial + (f * kVectors + y * NX + x) * V::L);
         }
       }
     }

@@ -107,14 +107,20 @@ struct ToPixels {
 };
 
 // An initializer of a row of a table [ny][nx]: CELL(NY, NX) for every width that may be legal.
-#define SPARSECNN_ROW_OF(CELL, NY)                                                              \
-  {nullptr,     CELL(NY, 1), CELL(NY, 2), CELL(NY, 3), CELL(NY, 4), CELL(NY, 5), CELL(NY, 6),   \
-   CELL(NY, 7), CELL(NY, 8), nullptr,     CELL(NY, 10), nullptr,    CELL(NY, 12), nullptr,      \
-   CELL(NY, 14)}
+#define SPARSECNN_ROW_OF(CELL, NY)                                    \
+  {nullptr,      CELL(NY, 1), CELL(NY, 2),  CELL(NY, 3), CELL(NY, 4), \
+   CELL(NY, 5),  CELL(NY, 6), CELL(NY, 7),  CELL(NY, 8), nullptr,     \
+   CELL(NY, 10), nullptr,     CELL(NY, 12), nullptr,     CELL(NY, 14)}
 // And of all heights.
-#define SPARSECNN_ROWS_OF(CELL)                                                                 \
-  {{}, SPARSECNN_ROW_OF(CELL, 1), SPARSECNN_ROW_OF(CELL, 2), SPARSECNN_ROW_OF(CELL, 3),         \
-   SPARSECNN_ROW_OF(CELL, 4), {}, {}, SPARSECNN_ROW_OF(CELL, 7)}
+#define SPARSECNN_ROWS_OF(CELL) \
+  {{},                          \
+   SPARSECNN_ROW_OF(CELL, 1),   \
+   SPARSECNN_ROW_OF(CELL, 2),   \
+   SPARSECNN_ROW_OF(CELL, 3),   \
+   SPARSECNN_ROW_OF(CELL, 4),   \
+   {},                          \
+   {},                          \
+   SPARSECNN_ROW_OF(CELL, 7)}
 
 }  // namespace SPARSECNN_ISA
 }  // namespace sparsecnn
