@@ -131,7 +131,7 @@ def _windows(keep: Tensor, shape: Shape, m: int) -> int:
 
 def _candidates(keep: Tensor, shape: Shape, groups: int) -> Iterator[Found]:
     """Patterns that drop something, the preferred first."""
-    k, _, r, s = shape
+    k, c, r, s = shape
     size, entries, per_group = keep.numel(), int(keep.sum()), k // groups
     found = _shared("shape", keep, groups, whole=False)
     whole = _shared("filter", keep, groups, whole=True)
@@ -150,7 +150,7 @@ def _candidates(keep: Tensor, shape: Shape, groups: int) -> Iterator[Found]:
     found = _clusters("cluster", keep, groups, entries)
     if entries < size and len(found.sizes) < k:
         yield found
-    ratios = ((_windows(keep, shape, m), m) for m in NM_WINDOWS)
+    ratios = ((_windows(keep, shape, m), m) for m in NM_WINDOWS if c % m == 0)
     tight = [
         (n / m, m, n) for n, m in ratios if 0 < n <= m // 2 and entries >= NM_FILLED * n / m * size
     ]

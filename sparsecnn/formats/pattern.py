@@ -76,8 +76,8 @@ class PatternWeight:
         1.16 each where a filter is alone, 1.04 where two or three share a column, 1 from four on
         (what a multiply-add takes in cycles); on a tie the one further up in this list: ``shape``,
         ``filter``, ``vectorV`` from the largest V down, ``kernel``, ``cluster``, ``n:m``, ``none``.
-        V is tried as the powers of two below K/G, m as 2, 4, 8 and 16 for the least n/m; n:m needs
-        n <= m/2 and at least 0.8 of what it allows. A pattern that is asked for only has to hold
+        V is tried as the powers of two below K/G, m as 2, 4, 8 and 16, if they divide C/G, for the
+        least n/m; n:m needs n <= m/2 and at least 0.8 of what it allows. A pattern that is asked for only has to hold
         with one zero in ten.
 
         Args:

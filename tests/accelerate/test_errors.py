@@ -60,7 +60,7 @@ BAD: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
     ("dtype", _net, X.double(), {}, ValueError, "torch.float64"),
     ("filter", _net, X, {"filter_fn": "conv"}, TypeError, "filter_fn to be callable"),
     ("candidates str", _net, X, {"candidates": "csr"}, TypeError, "sequence of names"),
-    ("candidate", _net, X, {"candidates": ["fft"]}, ValueError, "among csr, got 'fft'"),
+    ("candidate", _net, X, {"candidates": ["fft"]}, ValueError, "among csr, pattern, got 'fft'"),
     ("warmup", _net, X, {"warmup": -1}, ValueError, "warmup >= 0, got -1"),
     ("runs", _net, X, {"runs": 0}, ValueError, "runs >= 1, got 0"),
     ("runs type", _net, X, {"runs": 2.5}, TypeError, "runs to be an int, got 2.5"),

@@ -142,7 +142,7 @@ def test_a_few_zeros_inside_a_pattern_are_padding(name: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.1, 0.3, 0.5, 0.9, 0.97, 1.0])
-@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (64, 64, 1, 1)])
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (64, 64, 1, 1), (17, 3, 5, 5), (16, 9, 3, 3)])
 def test_random_zeros_are_no_pattern(shape: tuple[int, ...], keep: float) -> None:
     weight = masked("random", shape, keep)
     packed = PatternWeight.from_dense(weight).validate()
