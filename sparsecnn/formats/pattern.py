@@ -77,8 +77,8 @@ class PatternWeight:
         (what a multiply-add takes in cycles); on a tie the one further up in this list: ``shape``,
         ``filter``, ``vectorV`` from the largest V down, ``kernel``, ``cluster``, ``n:m``, ``none``.
         V is tried as the powers of two below K/G, m as 2, 4, 8 and 16, if they divide C/G, for the
-        least n/m; n:m needs n <= m/2 and at least 0.8 of what it allows. A pattern that is asked for only has to hold
-        with one zero in ten.
+        least n/m; n:m needs n <= m/2 and at least 0.8 of what it allows. A pattern that is asked
+        for only has to hold with one zero in ten.
 
         Args:
             weight: ``(K, C/G, R, S)`` or ``(O, I)``, floating point. NaN counts as a nonzero.
