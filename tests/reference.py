@@ -78,6 +78,39 @@ def csr_to_dense(values: Tensor, col_idx: Tensor, row_ptr: Tensor, shape: Sequen
     return dense.reshape(tuple(shape))
 
 
+def pattern_to_dense(
+    values: Tensor,
+    columns: Tensor,
+    filters: Tensor,
+    group_rows: Tensor,
+    group_columns: Tensor,
+    shape: Sequence[int],
+) -> Tensor:
+    """Expand a weight in groups of filters with shared columns, with plain loops.
+
+    Args:
+        values: block after block, column by column, the filters of a column together.
+        columns: of every group, column (c * R + r) * S + s.
+        filters: (K,) filter of each packed row.
+        group_rows: first packed row of each group, and K.
+        group_columns: first column of each group, and their number.
+        shape: (K, C/G, R, S).
+
+    Returns:
+        The dense weight, float64, of `shape`.
+    """
+    dense = torch.zeros(shape[0], math.prod(shape[1:]), dtype=torch.float64)
+    rows, ends = group_rows.tolist(), group_columns.tolist()
+    place = 0
+    for group in range(len(rows) - 1):
+        for column in columns[ends[group] : ends[group + 1]].tolist():
+            for row in range(rows[group], rows[group + 1]):
+                dense[int(filters[row]), column] += float(values[place])
+                place += 1
+    assert place == values.numel()
+    return dense.reshape(tuple(shape))
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,

@@ -32,6 +32,19 @@ struct CsrConv2dParams : ConvParams {
   const int32_t* row_ptr;  // (K + 1)
 };
 
+// W in groups of filters that share their columns: group g holds the filters filters[group_rows[g]]
+// to filters[group_rows[g + 1]], all of one convolution group, and the columns
+// columns[group_columns[g]] to columns[group_columns[g + 1]]. Its values follow those of the groups
+// before it, column by column, the filters of a column together. Summed by ascending columns.
+struct PatternConv2dParams : ConvParams {
+  const void* values;            // (sum of rows * columns of each group)
+  const int32_t* columns;        // ascending within a group, in the lowered matrix
+  const int32_t* filters;        // (K): a permutation within each convolution group
+  const int32_t* group_rows;     // (filter_groups + 1)
+  const int32_t* group_columns;  // (filter_groups + 1)
+  int64_t filter_groups;
+};
+
 // grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]
 // for the i-th stored position (k, c, r, s): a sampled product, dense only in the activations.
 struct CsrConv2dGradValuesParams {

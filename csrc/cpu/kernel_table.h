@@ -6,13 +6,14 @@
 #include "core/params.h"
 #include "cpu/chain_plan.h"
 #include "cpu/csr_plan.h"
+#include "cpu/pattern_plan.h"
 #include "cpu/pointwise_plan.h"
 
 namespace sparsecnn::cpu {
 
 struct CsrKernels {
-  CsrMachine of_float;   // float32 and bfloat16 storage
-  CsrMachine of_double;  // float64 storage
+  TileMachine of_float;   // float32 and bfloat16 storage
+  TileMachine of_double;  // float64 storage
   // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
   // False when col_idx is corrupt; nothing outside the tensors is touched.
   bool (*conv2d)(const CsrConv2dParams&, const CsrPlan&, int64_t begin, int64_t end, void* scratch);
@@ -35,11 +36,21 @@ struct PointwiseKernels {
                  void* scratch);
 };
 
+struct PatternKernels {
+  TileMachine of_float;   // float32 and bfloat16 storage
+  TileMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` as in CsrKernels.
+  void (*conv2d)(const PatternConv2dParams&, const PatternPlan&, int64_t begin, int64_t end,
+                 void* scratch);
+  HashFunction content_hash;
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
   const ChainKernels& chain;
+  const PatternKernels& pattern;
   const PointwiseKernels& pointwise;
 };
 

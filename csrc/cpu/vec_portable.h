@@ -10,6 +10,17 @@
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
+// Keeps a vector in a register: compilers fold a load into each of its uses, which is no gain where
+// L1 loads are what a loop waits for.
+template <class Reg>
+SPARSECNN_INLINE void pin(Reg& r) {
+#if defined(__x86_64__)
+  asm("" : "+v"(r));
+#else
+  static_cast<void>(r);
+#endif
+}
+
 // bfloat16 as stored; arithmetic is float32.
 struct bf16 {
   uint16_t bits;

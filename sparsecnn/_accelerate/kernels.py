@@ -8,6 +8,7 @@ memory layouts, and wins ties.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,12 +16,14 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..nn import CSRConv2d, CSRLinear, FusedConv2d, PointwiseConv2d
+from ..nn import CSRConv2d, CSRLinear, FusedConv2d, PatternConv2d, PointwiseConv2d
 from .copy import LAYOUTS, in_layout
 
 # A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
 # which does them all; with this share of nonzeros none has won, so the time to try is saved.
 MAX_DENSITY = 0.7
+# Filters that share their columns are multiplied at the rate of a dense layer.
+MAX_PATTERN_DENSITY = 0.9
 _CSR_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -51,6 +54,13 @@ class Layer:
         first = next(iter(self.inputs))
         return LAYOUTS if isinstance(self.module, nn.Conv2d) and len(first) == 4 else LAYOUTS[:1]
 
+    @functools.cached_property
+    def pattern(self) -> str:
+        """Name of the structured pattern of the weight, "none" where there is none."""
+        if not isinstance(self.module, nn.Conv2d) or self.density > MAX_PATTERN_DENSITY:
+            return "none"
+        return PatternConv2d.from_dense(self.module).pattern
+
     def key(self) -> tuple[object, ...]:
         """Equal for layers whose candidates take the same time: geometry and density class."""
         m = self.module
@@ -63,6 +73,7 @@ class Layer:
             isinstance(m, nn.Conv2d), tuple(weight.shape), geometry, m.bias is None,
             self.activation, weight.dtype, weight.device, tuple(self.inputs.items()),
             round(self.density, 2), round(float(rows.float().mean()), 1),
+            self.pattern,
         )  # fmt: skip
 
 
@@ -83,16 +94,24 @@ class Candidate:
     error_growth: float = 1.0
 
 
-def _csr_applies(layer: Layer) -> str | None:
+def _refused(layer: Layer, dtypes: dict[str, tuple[torch.dtype, ...]]) -> str | None:
+    """What no kernel of ours takes, or cannot take in the dtypes of its devices."""
     m = layer.module
     dtype, device = m.weight.dtype, m.weight.device.type
-    if dtype not in _CSR_DTYPES.get(device, ()):
+    if dtype not in dtypes.get(device, ()):
         return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
     if isinstance(m, nn.Conv2d):
         if m.padding_mode != "zeros":
             return f"padding_mode {m.padding_mode!r}"
         if any(len(shape) != 4 for shape in layer.inputs):
             return "input without a batch dimension"
+    return None
+
+
+def _csr_applies(layer: Layer) -> str | None:
+    reason = _refused(layer, _CSR_DTYPES)
+    if reason is not None:
+        return reason
     if layer.density > MAX_DENSITY:
         return f"density {layer.density:.2f} above {MAX_DENSITY}"
     return None
@@ -126,11 +145,28 @@ def _pointwise_build(layer: Layer) -> nn.Module:
     return PointwiseConv2d.from_dense(layer.module, activation=layer.activation)
 
 
+def _pattern_applies(layer: Layer) -> str | None:
+    if not isinstance(layer.module, nn.Conv2d):
+        return "not a convolution"
+    reason = _refused(layer, {"cpu": _CSR_DTYPES["cpu"]})
+    if reason is not None:
+        return reason
+    if layer.density > MAX_PATTERN_DENSITY:
+        return f"density {layer.density:.2f} above {MAX_PATTERN_DENSITY}"
+    return "zeros without a pattern" if layer.pattern == "none" else None
+
+
+def _pattern_build(layer: Layer) -> nn.Module:
+    assert isinstance(layer.module, nn.Conv2d)
+    return PatternConv2d.from_dense(layer.module, activation=layer.activation)
+
+
 CANDIDATES: dict[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         Candidate("csr", _csr_applies, _csr_build),
         Candidate("pointwise", _pointwise_applies, _pointwise_build),
+        Candidate("pattern", _pattern_applies, _pattern_build),
     )
 }
 

@@ -2,5 +2,6 @@
 
 from sparsecnn.formats.chain import ChainStage
 from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.formats.pattern import PatternWeight
 
-__all__ = ["CSRWeight", "ChainStage"]
+__all__ = ["CSRWeight", "ChainStage", "PatternWeight"]

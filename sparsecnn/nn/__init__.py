@@ -6,11 +6,12 @@ from sparsecnn.nn.chain import ChainConv2d
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
+from sparsecnn.nn.pattern import PatternConv2d
 from sparsecnn.nn.pointwise import PointwiseConv2d
 from sparsecnn.nn.residual import ResidualBlock
 
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
-"""Layers whose weight is stored in a packed format, by the name used in files."""
+"""Layers whose weight is stored in CSR, by the name used in files."""
 
 __all__ = [
     "SPARSE_LAYERS",
@@ -18,6 +19,7 @@ __all__ = [
     "CSRLinear",
     "ChainConv2d",
     "FusedConv2d",
+    "PatternConv2d",
     "PointwiseConv2d",
     "ResidualBlock",
     "apply_layout_",

@@ -3,6 +3,14 @@
 from sparsecnn.formats.chain import ChainStage
 from sparsecnn.ops.chain_conv2d import chain_conv2d
 from sparsecnn.ops.csr_conv2d import csr_conv2d, csr_linear
+from sparsecnn.ops.pattern_conv2d import pattern_conv2d
 from sparsecnn.ops.pointwise_conv2d import pointwise_conv2d
 
-__all__ = ["ChainStage", "chain_conv2d", "csr_conv2d", "csr_linear", "pointwise_conv2d"]
+__all__ = [
+    "ChainStage",
+    "chain_conv2d",
+    "csr_conv2d",
+    "csr_linear",
+    "pattern_conv2d",
+    "pointwise_conv2d",
+]

@@ -9,9 +9,6 @@ namespace sparsecnn {
 namespace SPARSECNN_ISA {
 namespace {
 
-constexpr int32_t kDoubleVectors = 8;
-constexpr int64_t kPanelBytes = 24 << 10;  // three quarters of a 32 KB L1; the rest is partial sums
-
 bool conv2d(const CsrConv2dParams& params, const cpu::CsrPlan& plan, int64_t begin, int64_t end,
             void* scratch) {
   switch (params.dtype) {
@@ -22,7 +19,8 @@ bool conv2d(const CsrConv2dParams& params, const cpu::CsrPlan& plan, int64_t beg
       return csr_conv2d_typed<VecFloat, bf16, SPARSECNN_MAX_VECTORS>(params, plan, begin, end,
                                                                      scratch);
     case DType::kFloat64:
-      return csr_conv2d_typed<VecDouble, double, kDoubleVectors>(params, plan, begin, end, scratch);
+      return csr_conv2d_typed<VecDouble, double, cpu::kDoubleVectors>(params, plan, begin, end,
+                                                                      scratch);
     case DType::kFloat16:
       break;  // refused by the glue: no CPU kernel
   }
@@ -46,8 +44,8 @@ void grad_values(const CsrConv2dGradValuesParams& params, int64_t begin, int64_t
 
 extern const cpu::CsrKernels csr_kernels;
 const cpu::CsrKernels csr_kernels = {
-    {VecFloat::L, SPARSECNN_MAX_VECTORS, kPanelBytes},
-    {VecDouble::L, kDoubleVectors, kPanelBytes},
+    {VecFloat::L, SPARSECNN_MAX_VECTORS, SPARSECNN_REGISTERS, cpu::kPanelBytes},
+    {VecDouble::L, cpu::kDoubleVectors, cpu::kDoubleRegisters, cpu::kPanelBytes},
     &conv2d,
     &grad_values,
     &content_hash,

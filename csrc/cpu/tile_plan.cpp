@@ -1,9 +1,9 @@
-// The cost model behind csr_conv2d's choice of lanes, block and channel block.
+// The cost model behind the choice of lanes, block, channel block and filters of a block.
 //
 // Cycles per unit are estimates from timings of the kernel's parts on one core of a Zen 4 server
 // CPU (AVX-512, 32 KB L1, 1 MB L2), not a fit; the plans they chose were within the noise of the
 // best of a sweep on five layers. They only rank alternatives.
-#include "cpu/csr_plan.h"
+#include "cpu/tile_plan.h"
 
 #include <algorithm>
 #include <cstring>
@@ -12,11 +12,14 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu/csr_plan.h"
+
 namespace sparsecnn::cpu {
 namespace {
 
 // The row loop, from 60 timings of blocks of 4 to 28 vectors at 5 to 20 % density.
 constexpr double kFmaCycles = 1.07;     // FMA with an operand in L1
+constexpr double kReuseCycles = 1.0;    // FMA with an operand that several filters share
 constexpr double kEntryCycles = 1.3;    // value and offset of one nonzero
 constexpr double kChainCycles = 4.0;    // latency of an FMA: a nonzero cannot cost less
 constexpr double kVisitCycles = 7.0;    // start and end of a filter's visit to a panel
@@ -24,8 +27,10 @@ constexpr double kPartialCycles = 1.3;  // load and store of one vector of parti
 constexpr double kWideCycles = 0.08;    // added to it per vector of a block beyond 14
 constexpr double kL2Penalty = 0.6;      // added to an FMA whose operand comes from L2
 constexpr double kL1Bytes = 36 << 10;   // panel from which on operands do
-constexpr double kStoredCycles = 5.0;   // added per nonzero of a weight not streamed
-constexpr double kListCycles = 20.0;    // and per visit, to find its bounds
+constexpr int64_t kTlbPages = 64, kPageBytes = 4096;
+constexpr double kTlbCycles = 7.0;     // from the second-level TLB
+constexpr double kStoredCycles = 5.0;  // added per nonzero of a weight not streamed
+constexpr double kListCycles = 20.0;   // and per visit, to find its bounds
 // The two sides of a panel.
 constexpr double kTransposeCycles = 8.0;       // per vector packed through an L x L transpose
 constexpr double kScatterCycles = 8.0;         // per vector unpacked through a transpose
@@ -62,8 +67,8 @@ ConvShape collapse_pointwise(const ConvShape& s, Layout layout, bool* pointwise)
 
 // Everything that depends on lanes, block and super-block; returns the estimated cycles of the
 // call.
-double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const CsrMachine& machine,
-                int64_t element_bytes, int32_t threads) {
+double evaluate(TilePlan& plan, const ConvParams& params, const TileWork& work,
+                const TileMachine& machine, int64_t element_bytes, int32_t threads) {
   const ConvShape& s = plan.shape;
   const int64_t lanes = plan.lanes, vectors = int64_t{plan.ny} * plan.nx;
   plan.tile_h = ceil_div(s.p, plan.ly);
@@ -72,16 +77,16 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
   plan.blocks_y = ceil_div(plan.tile_h, int64_t{plan.ny} * plan.super_y);
   plan.blocks_x = ceil_div(plan.tile_w, int64_t{plan.nx} * plan.super_x);
   const int32_t out_rows = plan.ny * plan.super_y, out_cols = plan.nx * plan.super_x;
-  plan.rows = csr_pack_axis(s.r, s.dil_h, s.stride_h, out_rows, nullptr, nullptr);
-  plan.cols = csr_pack_axis(s.s, s.dil_w, s.stride_w, out_cols, nullptr, nullptr);
+  plan.rows = pack_axis(s.r, s.dil_h, s.stride_h, out_rows, nullptr, nullptr);
+  plan.cols = pack_axis(s.s, s.dil_w, s.stride_w, out_cols, nullptr, nullptr);
   plan.span = static_cast<int32_t>((s.s - 1) * s.dil_w + (out_cols - 1) * s.stride_w + 1);
   const double block_vecs =  // packed vectors that one block touches
-      static_cast<double>(csr_pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
-      csr_pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
+      static_cast<double>(pack_axis(s.r, s.dil_h, s.stride_h, plan.ny, nullptr, nullptr)) *
+      pack_axis(s.s, s.dil_w, s.stride_w, plan.nx, nullptr, nullptr);
 
   // An image without channels has one panel, of nothing.
-  const int64_t cg = std::max<int64_t>(1, s.channels_per_group()), kg = s.filters_per_group();
-  const double nnz_g = nnz / static_cast<double>(s.groups);
+  const int64_t cg = std::max<int64_t>(1, plan.channels), kg = s.filters_per_group();
+  const double per_group = 1.0 / static_cast<double>(s.groups);
   const double items =
       static_cast<double>(plan.image_groups * plan.blocks_y * plan.blocks_x * s.groups);
   // Blocks that do work: a super-block at the border may be cut short.
@@ -120,17 +125,17 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
       std::max(block_vecs * static_cast<double>(lanes * element_bytes), lines);
   const int64_t in_l1 =
       std::max<int64_t>(1, static_cast<int64_t>(machine.panel_bytes / channel_bytes));
-  CsrPlan chosen = plan;
+  TilePlan chosen = plan;
   const auto try_channels = [&](int64_t want) {
     const int64_t panels = ceil_div(cg, want);
     const int64_t block = ceil_div(cg, panels);
-    const int64_t super_bytes = csr_panel_bytes(plan, block, element_bytes);
+    const int64_t super_bytes = panel_bytes(plan, block, element_bytes);
     // Filters per chunk: the scratch of one thread stays in its budget, and all have work.
-    const int64_t filter_bytes = csr_filter_bytes(plan, panels, element_bytes);
+    const int64_t filter_size = filter_bytes(plan, panels, element_bytes);
     const int64_t left = plan.scratch_budget - super_bytes;
-    const bool fits = left >= std::min(kg, kLeastFilters) * filter_bytes;
+    const bool fits = left >= std::min(kg, kLeastFilters) * filter_size;
     if (!fits && (block > 1 || out_rows > plan.ny || out_cols > plan.nx)) return;
-    int64_t chunks = std::clamp<int64_t>(ceil_div(kg * filter_bytes, std::max<int64_t>(left, 1)), 1,
+    int64_t chunks = std::clamp<int64_t>(ceil_div(kg * filter_size, std::max<int64_t>(left, 1)), 1,
                                          std::max<int64_t>(kg, 1));
     const int64_t max_chunks = std::max<int64_t>(chunks, ceil_div(kg, lanes));
     const auto imbalance = [&](int64_t c) {
@@ -141,22 +146,27 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
 
     const double panel = static_cast<double>(block) * channel_bytes;
     const double miss = std::max(0.0, 1.0 - kL1Bytes / panel);
+    const double filters = work.columns > 0 ? work.stored / work.columns : 1;  // of a column
+    const double fma = filters > 1 ? kReuseCycles : kFmaCycles;
+    // Channels of an image read in place lie a page or more apart: past the first-level TLB, each
+    // column pays for its translation.
+    const bool scattered = plan.in_place && block > kTlbPages && s.w * element_bytes >= kPageBytes;
     const double entry =
-        std::max(static_cast<double>(vectors) * (kFmaCycles + kL2Penalty * miss) + kEntryCycles,
+        std::max(static_cast<double>(vectors) * (filters * fma + kL2Penalty * miss) + kEntryCycles,
                  kChainCycles) +
-        (plan.streamed ? 0 : kStoredCycles);
-    const double visits = static_cast<double>(kg * panels);
+        (plan.streamed ? 0 : kStoredCycles) + (scattered ? kTlbCycles : 0);
+    const double sums = static_cast<double>(kg * panels);
+    const double visits = work.blocks * per_group * static_cast<double>(panels);
     const double partial =
         kPartialCycles + kWideCycles * static_cast<double>(std::max<int64_t>(0, vectors - 14));
     // NCHW layers store the last panel's sums from the row loop.
-    const double summed =
-        params.layout == Layout::kNHWC ? visits : visits - static_cast<double>(kg);
+    const double summed = params.layout == Layout::kNHWC ? sums : sums - static_cast<double>(kg);
     const double touch = block_vecs * static_cast<double>(cg) * kTouchCycles;  // L2 to L1
     const double cycles =
         items * static_cast<double>(cg) * pack * static_cast<double>(chunks) +
         (plan.streamed ? 0 : static_cast<double>(s.groups) * visits * kListCycles) +
         blocks * (visits * kVisitCycles + summed * static_cast<double>(vectors) * partial +
-                  nnz_g * entry + touch * static_cast<double>(chunks) +
+                  work.columns * per_group * entry + touch * static_cast<double>(chunks) +
                   static_cast<double>(kg) * unpack);
     const double total = cycles * imbalance(chunks);
     if (best < 0 || total < best) {
@@ -177,8 +187,9 @@ double evaluate(CsrPlan& plan, const CsrConv2dParams& params, double nnz, const 
 
 struct Key {
   ConvShape shape;
-  int64_t nnz;
-  int32_t dtype, layout, lanes, max_vectors, threads, aligned;
+  TileWork work[kMaxFilterBlock];
+  int64_t channels;
+  int32_t dtype, layout, lanes, max_vectors, registers, threads, aligned, streamed;
   bool operator==(const Key& o) const { return std::memcmp(this, &o, sizeof(Key)) == 0; }
 };
 struct KeyHash {
@@ -191,30 +202,35 @@ struct KeyHash {
   }
 };
 
-CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& machine,
-               int32_t threads) {
+TilePlan search(const ConvParams& params, const TileWork* options, int32_t count, int64_t channels,
+                bool streamed, const TileMachine& machine, int32_t threads) {
   bool pointwise = false;
-  CsrPlan base{};
+  TilePlan base{};
   base.shape = collapse_pointwise(params.shape, params.layout, &pointwise);
   base.lanes = machine.lanes;
+  base.channels = channels;
   const int64_t element = params.dtype == DType::kFloat64 ? 8 : 4;
   const ConvShape& s = params.shape;
-  base.streamed = ceil_div(s.n * s.p * s.q, machine.lanes) > kStoredVectors;
+  base.streamed = streamed;
   const int64_t stored = params.dtype == DType::kBFloat16 ? 2 : element;
   const double in = static_cast<double>(s.n * s.c * s.h * s.w * stored);
   const double out = static_cast<double>(s.n * s.k * s.p * s.q * stored);
   base.scratch_budget = std::clamp<int64_t>(
       static_cast<int64_t>((kScratchShare * (in + out) - out) / threads), 32 << 10, kScratchBudget);
-  CsrPlan best = base;
+  TilePlan best = base;
   double best_cycles = -1;
-  const auto consider = [&](CsrPlan plan) {
+  const auto consider_option = [&](TilePlan plan, const TileWork& work) {
+    plan.filter_block = work.filter_block;
     const int64_t tile_h = ceil_div(plan.shape.p, plan.ly),
                   tile_w = ceil_div(plan.shape.q, plan.lx);
     for (int32_t ny = 1; ny <= kMaxNy; ++ny) {
       if (ny > 1 && ny > tile_h) break;
       for (int32_t nx = 1; nx <= kMaxNx; ++nx) {
-        const int32_t most = plan.streamed ? machine.max_vectors : kStoredVectors;
-        if (!csr_block_is_legal(ny, nx, most)) continue;
+        const int32_t most =
+            plan.streamed || work.filter_block > 1
+                ? max_block_vectors(work.filter_block, machine.max_vectors, machine.registers)
+                : kStoredVectors;
+        if (!block_is_legal(ny, nx, most)) continue;
         if (nx > 1 && nx > round_up(tile_w, 2)) continue;
         for (const int32_t super : {1, 2, 3, 4, 7, 8}) {
           plan.ny = ny;
@@ -227,8 +243,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
               ceil_div(plan.interleaved ? tile_w : tile_h, plan.interleaved ? nx : ny) < super) {
             break;
           }
-          const double c =
-              evaluate(plan, params, static_cast<double>(nnz), machine, element, threads);
+          const double c = evaluate(plan, params, work, machine, element, threads);
           if (c >= 0 && (best_cycles < 0 || c < best_cycles)) {
             best_cycles = c;
             best = plan;
@@ -237,9 +252,12 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
       }
     }
   };
+  const auto consider = [&](const TilePlan& plan) {
+    for (int32_t i = 0; i < count; ++i) consider_option(plan, options[i]);
+  };
   for (int32_t ln = 1; ln <= machine.lanes; ln *= 2) {
     for (int32_t ly = 1; ln * ly <= machine.lanes; ly *= 2) {
-      CsrPlan plan = base;
+      TilePlan plan = base;
       plan.ln = ln;
       plan.ly = ly;
       plan.lx = machine.lanes / (ln * ly);
@@ -247,7 +265,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     }
   }
   if (pointwise) {
-    CsrPlan plan = base;
+    TilePlan plan = base;
     plan.ln = plan.ly = 1;
     plan.lx = machine.lanes;
     plan.interleaved = true;
@@ -255,7 +273,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
     // A stream's offsets are 32-bit bytes, which a panel of a huge image in place could exceed.
     const int64_t group_bytes = plan.shape.channels_per_group() * plan.shape.w * element;
     plan.in_place = params.layout == Layout::kNCHW && params.dtype != DType::kBFloat16 &&
-                    plan.shape.w % machine.lanes == 0 && csr_is_aligned(params) &&
+                    plan.shape.w % machine.lanes == 0 && is_aligned(params) &&
                     group_bytes <= INT32_MAX;
     if (plan.in_place) consider(plan);
   }
@@ -264,7 +282,7 @@ CsrPlan search(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& mac
 
 }  // namespace
 
-int64_t csr_panel_bytes(const CsrPlan& plan, int64_t channels, int64_t element_bytes) {
+int64_t panel_bytes(const TilePlan& plan, int64_t channels, int64_t element_bytes) {
   if (plan.in_place) return 0;
   const int64_t vector_bytes = plan.lanes * element_bytes;
   int64_t pitch = int64_t{plan.rows} * plan.cols;
@@ -274,7 +292,7 @@ int64_t csr_panel_bytes(const CsrPlan& plan, int64_t channels, int64_t element_b
   return channels * pitch * vector_bytes;
 }
 
-int64_t csr_filter_bytes(const CsrPlan& plan, int64_t panels, int64_t element_bytes) {
+int64_t filter_bytes(const TilePlan& plan, int64_t panels, int64_t element_bytes) {
   const int64_t vectors = int64_t{plan.ny} * plan.nx * plan.super_y * plan.super_x;
   return (vectors * plan.lanes + 1) * element_bytes + (plan.streamed ? 0 : 4 * (panels + 1));
 }
@@ -283,8 +301,8 @@ int64_t csr_filter_bytes(const CsrPlan& plan, int64_t panels, int64_t element_by
 // stride), then ascending, so that for every tap the n positions of n outputs are neighbours: the
 // stride is absorbed here and the kernel always steps by one vector. Gaps of a large dilation are
 // left out.
-int32_t csr_pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int32_t* source,
-                      int32_t* tap_index) {
+int32_t pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int32_t* source,
+                  int32_t* tap_index) {
   int32_t count = 0;
   for (int64_t first = 0; first < taps; ++first) {
     const int64_t phase = first * dil % stride;
@@ -309,26 +327,34 @@ int32_t csr_pack_axis(int64_t taps, int64_t dil, int64_t stride, int64_t n, int3
   return count;
 }
 
-CsrPlan csr_plan(const CsrConv2dParams& params, int64_t nnz, const CsrMachine& machine,
-                 int32_t threads) {
+TilePlan tile_plan(const ConvParams& params, const TileWork* options, int32_t count,
+                   int64_t channels, bool streamed, const TileMachine& machine, int32_t threads) {
   static std::mutex mutex;
-  static std::unordered_map<Key, CsrPlan, KeyHash> cache;
+  static std::unordered_map<Key, TilePlan, KeyHash> cache;
   Key key;
   std::memset(&key, 0, sizeof key);  // padding takes part in the comparison
   key.shape = params.shape;
-  key.nnz = nnz;
+  for (int32_t i = 0; i < count; ++i) {
+    key.work[i].filter_block = options[i].filter_block;
+    key.work[i].blocks = options[i].blocks;
+    key.work[i].columns = options[i].columns;
+    key.work[i].stored = options[i].stored;
+  }
+  key.channels = channels;
   key.dtype = static_cast<int32_t>(params.dtype);
   key.layout = static_cast<int32_t>(params.layout);
   key.lanes = machine.lanes;
   key.max_vectors = machine.max_vectors;
+  key.registers = machine.registers;
   key.threads = threads;
-  key.aligned = csr_is_aligned(params);
+  key.aligned = is_aligned(params);
+  key.streamed = streamed;
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = cache.find(key);
     if (it != cache.end()) return it->second;
   }
-  const CsrPlan plan = search(params, nnz, machine, threads);
+  const TilePlan plan = search(params, options, count, channels, streamed, machine, threads);
   std::lock_guard<std::mutex> lock(mutex);
   if (cache.size() >= 1024) cache.clear();  // bounded: a service may see endless input sizes
   cache.emplace(key, plan);

@@ -1,0 +1,91 @@
+// pattern_conv2d: schema, checks, allocation.
+#include <algorithm>
+
+#include "cpu/kernel_table.h"
+#include "cpu/pattern_program.h"
+#include "ops/conv.h"
+
+namespace sparsecnn::ops {
+namespace {
+
+constexpr const char* kOp = "pattern_conv2d";
+
+// An index array of the weight; keeps it alive.
+struct Indices {
+  Tensor tensor;
+  const int32_t* data;
+
+  Indices(const Tensor& t, const Tensor& x, const char* name) : tensor(t) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Int, kOp, ": expected ", name,
+                    " a 1-d int32 tensor");
+    STD_TORCH_CHECK(t.device() == x.device(), kOp, ": expected ", name, " on the device of x");
+    tensor = as_contiguous(t);
+    data = static_cast<const int32_t*>(tensor.const_data_ptr());
+  }
+};
+
+Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& columns,
+                          const Tensor& filters, const Tensor& group_rows,
+                          const Tensor& group_columns, std::optional<Tensor> bias,
+                          std::optional<Tensor> residual, Ints kernel_size, Ints stride,
+                          Ints padding, Ints dilation, int64_t groups, Name activation) {
+  const Indices cols(columns, x, "columns"), order(filters, x, "filters"),
+      rows_of(group_rows, x, "group_rows"), columns_of(group_columns, x, "group_columns");
+  const ConvShape s =
+      conv_shape(kOp, x, order.tensor.numel(), {kernel_size, stride, padding, dilation, groups});
+  STD_TORCH_CHECK(
+      rows_of.tensor.numel() >= 1 && rows_of.tensor.numel() == columns_of.tensor.numel(), kOp,
+      ": expected group_rows and group_columns of one length >= 1, got ", rows_of.tensor.numel(),
+      " and ", columns_of.tensor.numel());
+  check_same(values, x, kOp, "values");
+  STD_TORCH_CHECK(values.dim() == 1, kOp, ": expected values a 1-d tensor");
+  STD_TORCH_CHECK(s.columns() < INT32_MAX && cols.tensor.numel() < INT32_MAX && s.k < INT32_MAX,
+                  kOp, ": expected fewer than 2^31 columns and filters");
+  const Tensor stored = as_contiguous(values);
+  PatternConv2dParams params;
+  const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
+  params.values = stored.const_data_ptr();
+  params.columns = cols.data;
+  params.filters = order.data;
+  params.group_rows = rows_of.data;
+  params.group_columns = columns_of.data;
+  params.filter_groups = rows_of.tensor.numel() - 1;
+  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
+                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  if (tensors.y.numel() == 0) return tensors.y;
+
+  const cpu::PatternKernels& table = cpu::kernels().pattern;
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const std::shared_ptr<const cpu::PatternProgram> program =
+      cpu::pattern_program(params, stored.numel(), cols.tensor.numel(),
+                           params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
+                           static_cast<int32_t>(threads), table.content_hash);
+  STD_TORCH_CHECK(program != nullptr, kOp,
+                  ": expected a sound weight, got corrupt arrays; PatternWeight.validate() says "
+                  "which");
+  const cpu::PatternPlan& plan = program->plan;
+  const int64_t workers = std::min(threads, plan.items);
+  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
+                   base + w * plan.thread_bytes);
+    }
+  });
+  return tensors.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
+  m.def(
+      "pattern_conv2d(Tensor x, Tensor values, Tensor columns, Tensor filters, Tensor group_rows, "
+      "Tensor group_columns, Tensor? bias, Tensor? residual, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
+  m.impl("pattern_conv2d", TORCH_BOX(&pattern_conv2d_cpu));
+}
+
+}  // namespace sparsecnn::ops
