@@ -9,11 +9,12 @@
 namespace sparsecnn {
 
 // What the kernel units define for one instruction set, and its table. An op adds a line to each.
-#define SPARSECNN_UNITS(isa)                \
-  namespace isa {                           \
-  extern const cpu::CsrKernels csr_kernels; \
+#define SPARSECNN_UNITS(isa)                            \
+  namespace isa {                                       \
+  extern const cpu::CsrKernels csr_kernels;             \
+  extern const cpu::DepthwiseKernels depthwise_kernels; \
   }
-#define SPARSECNN_TABLE(isa, name) {name, isa::csr_kernels}
+#define SPARSECNN_TABLE(isa, name) {name, isa::csr_kernels, isa::depthwise_kernels}
 
 SPARSECNN_UNITS(isa_scalar)
 #if defined(__x86_64__)

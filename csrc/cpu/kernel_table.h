@@ -5,6 +5,7 @@
 
 #include "core/params.h"
 #include "cpu/csr_plan.h"
+#include "cpu/depthwise_plan.h"
 
 namespace sparsecnn::cpu {
 
@@ -19,10 +20,19 @@ struct CsrKernels {
   HashFunction content_hash;
 };
 
+struct DepthwiseKernels {
+  DepthwiseMachine of_float;   // float32 and bfloat16 storage
+  DepthwiseMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
+  void (*conv2d)(const DepthwiseConv2dParams&, const DepthwisePlan&, int64_t begin, int64_t end,
+                 void* scratch);
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
+  const DepthwiseKernels& depthwise;
 };
 
 // The table in force: the best set that processor and operating system support, unless
