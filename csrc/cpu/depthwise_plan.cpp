@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kChunkBytes = 24 << 10;
 // Work is cut so fine that each thread gets at least so many items.
 constexpr int64_t kItemsPerThread = 8;
+// Input and output from which on they come from memory, measured on Zen 4 with 32 MB of L3.
+constexpr int64_t kPrefetchBytes = 8 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -43,6 +45,7 @@ void plan_nhwc(const DepthwiseConv2dParams& params, const DepthwiseMachine& mach
   int64_t chunks = ceil_div(vectors, fits);
   const int64_t wanted = kItemsPerThread * threads;
   if (threads > 1 && s.n * s.p * chunks < wanted) chunks = ceil_div(wanted, s.n * s.p);
+  if (plan.prefetch) chunks = 1;  // whole pixels, in the order of memory
   plan.chunk_vectors = ceil_div(vectors, std::min(chunks, vectors));
   plan.chunks = ceil_div(vectors, plan.chunk_vectors);
   plan.items = s.n * plan.chunks * s.p;
@@ -63,7 +66,9 @@ void plan_nchw(const DepthwiseConv2dParams& params, const DepthwiseMachine& mach
   plan.items = planes * plan.bands;
   plan.weight_offset = 0;
   const int64_t accumulator = params.dtype == DType::kFloat64 ? 8 : 4;
-  plan.rows_offset = ceil_div(s.r * s.s * accumulator, 64) * 64;
+  plan.mask_offset = ceil_div(s.r * s.s * accumulator, 64) * 64;
+  const int64_t masks = ceil_div(s.q, machine.lanes) * s.s * 2;
+  plan.rows_offset = plan.mask_offset + ceil_div(masks * 4, 64) * 64;
   plan.thread_bytes = plan.rows_offset;
   if (params.dtype == DType::kBFloat16) {  // input rows of a block of output rows, as float32
     const int64_t tile = std::max<int64_t>(plan.full_tile, 2 * plan.pair_tile);
@@ -77,6 +82,9 @@ void plan_nchw(const DepthwiseConv2dParams& params, const DepthwiseMachine& mach
 DepthwisePlan depthwise_plan(const DepthwiseConv2dParams& params, const DepthwiseMachine& machine,
                              int64_t threads) {
   DepthwisePlan plan{};
+  const ConvShape& s = params.shape;
+  const int64_t elements = s.n * (s.c * s.h * s.w + s.k * s.p * s.q);
+  plan.prefetch = elements * bytes_of(params.dtype) >= kPrefetchBytes;
   if (params.layout == Layout::kNHWC) {
     plan_nhwc(params, machine, threads, plan);
   } else {

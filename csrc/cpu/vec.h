@@ -24,6 +24,19 @@
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
+// Keeps a value that several operations use in a register. The compiler folds a load into each of
+// its uses, which costs a load for every one of them.
+template <class Reg>
+SPARSECNN_INLINE void keep(Reg& r) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(r));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(r));
+#else
+  (void)r;
+#endif
+}
+
 // Bit i is set when p[i] >= bound, for the first n <= kScan integers.
 #if defined(SPARSECNN_ISA_AVX512)
 constexpr int kScan = 16;

@@ -9,37 +9,50 @@
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
-// Finish without a branch per activation where there is no residual: none, relu and relu6 are
-// clamps. A depthwise output is 9 FMAs, so the end of it counts.
+// Finish where there is no residual and the activation is a clamp (none, relu, relu6), without a
+// branch: a depthwise output is as few as 9 FMAs, so the end of it counts.
 template <class V, class S>
 struct ClampFinish {
-  Finish<V, S> general;
+  S* y;
   typename V::T low, high;
-  bool clamps;
 
   explicit ClampFinish(const ConvParams& p)
-      : general{static_cast<S*>(p.y), static_cast<const S*>(p.residual), p.activation},
+      : y(static_cast<S*>(p.y)),
         low(p.activation == Activation::kNone ? typename V::T(-INFINITY) : typename V::T(0)),
-        high(p.activation == Activation::kRelu6 ? typename V::T(6) : typename V::T(INFINITY)),
-        clamps(p.residual == nullptr && p.activation <= Activation::kRelu6) {}
+        high(p.activation == Activation::kRelu6 ? typename V::T(6) : typename V::T(INFINITY)) {}
 
   // The bound comes first: a NaN in v is kept.
   SPARSECNN_INLINE typename V::reg clamp(typename V::reg v) const {
     return V::min(V::set1(high), V::max(V::set1(low), v));
   }
   SPARSECNN_INLINE void operator()(typename V::reg v, int64_t offset, uint32_t mask) const {
-    if (clamps) {
-      V::store_mask(general.y + offset, clamp(v), mask);
-    } else {
-      general(v, offset, mask);
-    }
+    V::store_mask(y + offset, clamp(v), mask);
   }
   SPARSECNN_INLINE void pair(typename V::reg v, int64_t lo, uint32_t mask_lo, int64_t hi,
                              uint32_t mask_hi) const {
+    V::store_pair(y + lo, mask_lo, y + hi, mask_hi, clamp(v));
+  }
+};
+
+// Either end of a tile, chosen once per tile.
+template <class V, class S>
+struct TileFinish {
+  Finish<V, S> general;
+  ClampFinish<V, S> clamp;
+  bool clamps;
+
+  explicit TileFinish(const ConvParams& p)
+      : general{static_cast<S*>(p.y), static_cast<const S*>(p.residual), p.activation},
+        clamp(p),
+        clamps(p.residual == nullptr && p.activation <= Activation::kRelu6) {}
+
+  // each(finish) for all vectors of the tile.
+  template <class Each>
+  SPARSECNN_INLINE void operator()(Each&& each) const {
     if (clamps) {
-      V::store_pair(general.y + lo, mask_lo, general.y + hi, mask_hi, clamp(v));
+      each(clamp);
     } else {
-      general.pair(v, lo, mask_lo, hi, mask_hi);
+      each(general);
     }
   }
 };

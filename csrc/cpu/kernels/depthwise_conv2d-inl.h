@@ -1,4 +1,5 @@
-// depthwise_conv2d on the CPU: y = act(conv(x, W) + bias + residual), one filter per output channel.
+// depthwise_conv2d on the CPU: y = act(conv(x, W) + bias + residual), one filter per output
+// channel.
 #pragma once
 #include "cpu/kernels/depthwise_nchw-inl.h"
 #include "cpu/kernels/depthwise_nhwc-inl.h"

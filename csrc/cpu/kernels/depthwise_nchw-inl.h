@@ -5,8 +5,8 @@
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
 
-// A tile of output rows of one plane, L columns of each; or, in a pair, L/2 columns of each and of
-// the rows Tile further down.
+// Tiles of output rows of one plane, side by side: L columns of each row; or, in a pair, L/2
+// columns of each and of the rows Tile further down.
 template <class T>
 struct NchwTile {
   const T* x;             // input row of the first output row and the first tap, column 0
@@ -14,66 +14,67 @@ struct NchwTile {
   uint64_t rows, rows_2;  // bit i: input row i (of the lower rows of a pair) is inside the image
   int64_t top, height;    // image row that x is at, H
   int64_t first, width;   // image column of the first output's first tap, W
+  int64_t vectors;        // tiles
+  const uint32_t* masks;  // (vectors, taps, 2): columns inside the image, of both loads of a tap
   const T* weights;       // (R, S)
   int64_t filter_rows, taps;
   int64_t stride_h, stride_w, dil_h, dil_w;
   T bias;
   int64_t y, y_pitch;  // element of the first output, elements between output rows
-  uint32_t mask;       // output columns
+  uint32_t mask;       // output columns of the last tile
   int64_t below;       // rows of the lower half of a pair that exist
 };
 
 // The filter taps of `Count` neighbouring columns from `s` on: one load of every input row for all
-// of them feeds the R output rows whose window covers it.
+// of them feeds the R output rows whose window covers it. x: the first output's first tap.
 template <class V, int R, int Stride, int Tile, bool Pair, int Count>
-SPARSECNN_INLINE void nchw_taps(const NchwTile<typename V::T>& t, int64_t s,
-                                typename V::reg (&acc)[Tile]) {
+SPARSECNN_INLINE void nchw_taps(const NchwTile<typename V::T>& t, const typename V::T* x_first,
+                                const uint32_t* masks, int64_t s, typename V::reg (&acc)[Tile]) {
   using reg = typename V::reg;
   constexpr int L = V::L;
   constexpr int Rows = (Tile - 1) * Stride + R;
-  const int64_t column = t.first + s * t.dil_w;
-  // Of a row: its first lanes (all, or half of them where a vector has two rows or where the row
-  // is thinned out from two vectors), and the rest of it.
-  constexpr int Lanes = Pair && Stride == 1 ? L / 2 : L;
-  const uint32_t mask = range_mask<Lanes>(column, 0, t.width);
-  const uint32_t rest = Stride == 2 && !Pair ? range_mask<L>(column + L, 0, t.width) : 0;
-  if ((mask | rest) == 0) return;
+  const uint32_t mask = masks[2 * s];
+  [[maybe_unused]] const uint32_t rest = masks[2 * s + 1];
   reg w[Count][R];
 #pragma GCC unroll 2
   for (int c = 0; c < Count; ++c) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w[c][r] = V::set1(t.weights[r * t.taps + s + c]);
   }
-  const typename V::T* p = t.x + column;
-  const ptrdiff_t below = Tile * Stride * t.pitch;
+  const typename V::T* p = x_first + s * t.dil_w;
+  const ptrdiff_t pitch = t.pitch, below = Tile * Stride * t.pitch;
   const uint64_t either = t.rows | t.rows_2;
 #pragma GCC unroll 64
-  for (int i = 0; i < Rows; ++i, p += t.pitch) {
-    if ((either >> i & 1u) == 0) continue;
-    reg x[Count];
-    if constexpr (Pair) {
-      const uint32_t upper = t.rows >> i & 1u ? mask : 0, lower = t.rows_2 >> i & 1u ? mask : 0;
-      if constexpr (Stride == 1) {
-        x[0] = V::load_pair(p, upper, p + below, lower);
+  for (int i = 0; i < Rows; ++i, p += pitch) {
+    // Said to be likely: else the compiler moves the arithmetic out of line and spills for it.
+    if (__builtin_expect((either >> i & 1u) != 0, 1)) {
+      reg x[Count];
+      if constexpr (Pair) {
+        const uint32_t upper = t.rows >> i & 1u ? mask : 0, lower = t.rows_2 >> i & 1u ? mask : 0;
+        if constexpr (Stride == 1) {
+          constexpr uint32_t kHalf = kAllLanes<L / 2>;
+          x[0] = V::load_pair(p, upper & kHalf, p + below, lower & kHalf);
+        } else {
+          const reg a = V::load_mask(p, upper), b = V::load_mask(p + below, lower);
+          x[0] = V::even(a, b);
+          if constexpr (Count == 2) x[1] = V::odd(a, b);
+        }
+      } else if constexpr (Stride == 1) {
+        x[0] = V::load_mask(p, mask);
       } else {
-        const reg a = V::load_mask(p, upper), b = V::load_mask(p + below, lower);
+        const reg a = V::load_mask(p, mask), b = V::load_mask(p + L, rest);
         x[0] = V::even(a, b);
         if constexpr (Count == 2) x[1] = V::odd(a, b);
       }
-    } else if constexpr (Stride == 1) {
-      x[0] = V::load_mask(p, mask);
-    } else {
-      const reg a = V::load_mask(p, mask), b = V::load_mask(p + L, rest);
-      x[0] = V::even(a, b);
-      if constexpr (Count == 2) x[1] = V::odd(a, b);
-    }
 #pragma GCC unroll 2
-    for (int c = 0; c < Count; ++c) {
+      for (int c = 0; c < Count; ++c) {
+        keep(x[c]);
 #pragma GCC unroll 8
-      for (int r = R - 1; r >= 0; --r) {
-        const int o = (i - r) / Stride;
-        if (i >= r && (i - r) % Stride == 0 && o < Tile) {
-          acc[o] = V::fmadd(x[c], w[c][r], acc[o]);
+        for (int r = R - 1; r >= 0; --r) {
+          const int o = (i - r) / Stride;
+          if (i >= r && (i - r) % Stride == 0 && o < Tile) {
+            acc[o] = V::fmadd(x[c], w[c][r], acc[o]);
+          }
         }
       }
     }
@@ -81,70 +82,84 @@ SPARSECNN_INLINE void nchw_taps(const NchwTile<typename V::T>& t, int64_t s,
 }
 
 template <class V, class S, int R, int Stride, int Tile, bool Pair>
-void nchw_fixed(const NchwTile<typename V::T>& t, const ClampFinish<V, S>& finish) {
-  typename V::reg acc[Tile];
+void nchw_fixed(const NchwTile<typename V::T>& t, const TileFinish<V, S>& finish) {
+  const typename V::T* x = t.x + t.first;
+  const uint32_t* masks = t.masks;
+  const typename V::reg bias = V::set1(t.bias);
+  for (int64_t v = 0; v < t.vectors; ++v, x += V::L * Stride, masks += 2 * t.taps) {
+    typename V::reg acc[Tile];
 #pragma GCC unroll 16
-  for (int o = 0; o < Tile; ++o) acc[o] = V::set1(t.bias);
-  int64_t s = 0;
-  if constexpr (Stride == 2) {
-    for (; s + 1 < t.taps; s += 2) nchw_taps<V, R, Stride, Tile, Pair, 2>(t, s, acc);
-  }
-  for (; s < t.taps; ++s) nchw_taps<V, R, Stride, Tile, Pair, 1>(t, s, acc);
-#pragma GCC unroll 16
-  for (int o = 0; o < Tile; ++o) {
-    const int64_t y = t.y + o * t.y_pitch;
-    if constexpr (Pair) {
-      finish.pair(acc[o], y, t.mask, y + Tile * t.y_pitch, o < t.below ? t.mask : 0);
-    } else {
-      finish(acc[o], y, t.mask);
+    for (int o = 0; o < Tile; ++o) acc[o] = bias;
+    int64_t s = 0;
+    if constexpr (Stride == 2) {
+      for (; s + 1 < t.taps; s += 2) nchw_taps<V, R, Stride, Tile, Pair, 2>(t, x, masks, s, acc);
     }
+    for (; s < t.taps; ++s) nchw_taps<V, R, Stride, Tile, Pair, 1>(t, x, masks, s, acc);
+    const int64_t pitch = t.y_pitch, below = t.below;
+    int64_t y = t.y + v * V::L;
+    const uint32_t mask = v + 1 < t.vectors ? kAllLanes<V::L> : t.mask;
+    finish([&](const auto& end) {
+#pragma GCC unroll 16
+      for (int o = 0; o < Tile; ++o, y += pitch) {
+        if constexpr (Pair) {
+          end.pair(acc[o], y, mask, y + Tile * pitch, o < below ? mask : 0);
+        } else {
+          end(acc[o], y, mask);
+        }
+      }
+    });
   }
 }
 
 // Any filter: a load per FMA. Stride is 1, 2, or 0 for what takes a load per lane.
 template <class V, class S, int Stride, int Tile>
-void nchw_any(const NchwTile<typename V::T>& t, const ClampFinish<V, S>& finish) {
+void nchw_any(const NchwTile<typename V::T>& t, const TileFinish<V, S>& finish) {
   using reg = typename V::reg;
   using T = typename V::T;
   constexpr int L = V::L;
-  reg acc[Tile];
+  for (int64_t v = 0; v < t.vectors; ++v) {
+    const uint32_t* const masks = t.masks + v * 2 * t.taps;
+    reg acc[Tile];
 #pragma GCC unroll 16
-  for (int o = 0; o < Tile; ++o) acc[o] = V::set1(t.bias);
-  for (int64_t r = 0; r < t.filter_rows; ++r) {
-    for (int64_t s = 0; s < t.taps; ++s) {
-      const reg w = V::set1(t.weights[r * t.taps + s]);
-      const int64_t column = t.first + s * t.dil_w;
-      const uint32_t mask = range_mask<L>(column, 0, t.width);
-      const uint32_t rest = range_mask<L>(column + L, 0, t.width);
-      const T* const p = t.x + r * t.dil_h * t.pitch + column;
+    for (int o = 0; o < Tile; ++o) acc[o] = V::set1(t.bias);
+    for (int64_t r = 0; r < t.filter_rows; ++r) {
+      for (int64_t s = 0; s < t.taps; ++s) {
+        const reg w = V::set1(t.weights[r * t.taps + s]);
+        const int64_t column = t.first + v * L * t.stride_w + s * t.dil_w;
+        const uint32_t mask = masks[2 * s], rest = masks[2 * s + 1];
+        const T* const p = t.x + r * t.dil_h * t.pitch + column;
 #pragma GCC unroll 16
-      for (int o = 0; o < Tile; ++o) {
-        const int64_t h = t.top + o * t.stride_h + r * t.dil_h;
-        if (h < 0 || h >= t.height) continue;
-        const T* const row = p + o * t.stride_h * t.pitch;
-        reg x;
-        if constexpr (Stride == 1) {
-          x = V::load_mask(row, mask);
-        } else if constexpr (Stride == 2) {
-          x = V::even(V::load_mask(row, mask), V::load_mask(row + L, rest));
-        } else {
-          alignas(64) T lanes[L];
-          for (int l = 0; l < L; ++l) {
-            const int64_t at = column + l * t.stride_w;
-            lanes[l] = at >= 0 && at < t.width ? row[l * t.stride_w] : T(0);
+        for (int o = 0; o < Tile; ++o) {
+          const int64_t h = t.top + o * t.stride_h + r * t.dil_h;
+          if (h < 0 || h >= t.height) continue;
+          const T* const row = p + o * t.stride_h * t.pitch;
+          reg x;
+          if constexpr (Stride == 1) {
+            x = V::load_mask(row, mask);
+          } else if constexpr (Stride == 2) {
+            x = V::even(V::load_mask(row, mask), V::load_mask(row + L, rest));
+          } else {
+            alignas(64) T lanes[L];
+            for (int l = 0; l < L; ++l) {
+              const int64_t at = column + l * t.stride_w;
+              lanes[l] = at >= 0 && at < t.width ? row[l * t.stride_w] : T(0);
+            }
+            x = V::load(lanes);
           }
-          x = V::load(lanes);
+          acc[o] = V::fmadd(x, w, acc[o]);
         }
-        acc[o] = V::fmadd(x, w, acc[o]);
       }
     }
-  }
+    const uint32_t mask = v + 1 < t.vectors ? kAllLanes<L> : t.mask;
+    finish([&](const auto& end) {
 #pragma GCC unroll 16
-  for (int o = 0; o < Tile; ++o) finish(acc[o], t.y + o * t.y_pitch, t.mask);
+      for (int o = 0; o < Tile; ++o) end(acc[o], t.y + v * L + o * t.y_pitch, mask);
+    });
+  }
 }
 
 template <class V, class S>
-using NchwFunction = void (*)(const NchwTile<typename V::T>&, const ClampFinish<V, S>&);
+using NchwFunction = void (*)(const NchwTile<typename V::T>&, const TileFinish<V, S>&);
 
 // The function for a filter of `height` rows at a stride; null where there is none.
 template <class V, class S, bool Pair, int Tile>
@@ -193,9 +208,10 @@ class DepthwiseNchw {
   const DepthwiseConv2dParams& params_;
   const cpu::DepthwisePlan& plan_;
   const ConvShape& s_;
-  const ClampFinish<V, S> finish_;
+  const TileFinish<V, S> finish_;
   T* const weights_;  // of the plane, in the type of accumulation
-  T* const rows_;     // input rows of a tile in that type, where it is not that of storage
+  uint32_t* const masks_;
+  T* const rows_;  // input rows of a tile in that type, where it is not that of storage
   NchwTile<T> tile_;
 
  public:
@@ -205,6 +221,7 @@ class DepthwiseNchw {
         s_(params.shape),
         finish_(params),
         weights_(reinterpret_cast<T*>(scratch + plan.weight_offset)),
+        masks_(reinterpret_cast<uint32_t*>(scratch + plan.mask_offset)),
         rows_(reinterpret_cast<T*>(scratch + plan.rows_offset)) {}
 
   void run(int64_t begin, int64_t end) {
@@ -218,10 +235,10 @@ class DepthwiseNchw {
     const bool fixed = sizeof(T) == 4 && (s_.r == 3 || s_.r == 5 || s_.r == 7) && s_.dil_h == 1 &&
                        s_.stride_h == s_.stride_w &&
                        (s_.stride_h == 1 || (s_.stride_h == 2 && s_.dil_w == 1));
-    const auto full =
-        find_nchw<V, S, false, MaxTile>(plan_.full_tile, s_.r, s_.stride_w, fixed);
+    const auto full = find_nchw<V, S, false, MaxTile>(plan_.full_tile, s_.r, s_.stride_w, fixed);
     const auto pair = find_nchw<V, S, true, MaxTile>(plan_.pair_tile, s_.r, s_.stride_w, fixed);
     const int64_t rest = s_.q % L;
+    set_masks();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t band = item % plan_.bands, plane = item / plan_.bands;
       const int64_t row_begin = s_.p * band / plan_.bands;
@@ -229,12 +246,35 @@ class DepthwiseNchw {
       const bool paired = fixed && rest > 0 && rest <= L / 2 && row_end - row_begin > 1;
       const int64_t columns = paired ? s_.q - rest : s_.q;
       set_plane(plane);
-      if (columns > 0) run_rows(full, plan_.full_tile, false, plane, row_begin, row_end, 0, columns);
-      if (paired) run_rows(pair, plan_.pair_tile, true, plane, row_begin, row_end, columns, s_.q);
+      if (columns > 0) {
+        t.vectors = (columns + L - 1) / L;
+        t.masks = masks_;
+        t.mask = range_mask<L>((t.vectors - 1) * L, 0, columns);
+        run_rows(full, plan_.full_tile, false, plane, row_begin, row_end, 0);
+      }
+      if (paired) {
+        t.vectors = 1;
+        t.masks = masks_ + s_.q / L * 2 * s_.s;
+        t.mask = range_mask<L>(0, 0, rest);
+        run_rows(pair, plan_.pair_tile, true, plane, row_begin, row_end, columns);
+      }
     }
   }
 
  private:
+  // Of every tile and tap, the columns inside the image: of L outputs, which is one load, or two
+  // where the row is thinned out. A pair that loads L/2 columns of a row takes the lower half.
+  void set_masks() {
+    uint32_t* mask = masks_;
+    for (int64_t q = 0; q < s_.q; q += L) {
+      for (int64_t s = 0; s < s_.s; ++s, mask += 2) {
+        const int64_t column = q * s_.stride_w - s_.pad_left + s * s_.dil_w;
+        mask[0] = range_mask<L>(column, 0, s_.w);
+        mask[1] = range_mask<L>(column + L, 0, s_.w);
+      }
+    }
+  }
+
   void set_plane(int64_t plane) {
     const int64_t k = plane % s_.k, taps = s_.r * s_.s;
     const S* const weight = static_cast<const S*>(params_.weight) + k * taps;
@@ -243,9 +283,9 @@ class DepthwiseNchw {
     tile_.bias = params_.bias ? T(to_acc(static_cast<const S*>(params_.bias)[k])) : T(0);
   }
 
-  // Output rows [row_begin, row_end), columns [q_begin, q_end) of a plane, tile by tile.
+  // Output rows [row_begin, row_end) of a plane from column q_begin on, tile by tile.
   void run_rows(NchwFunction<V, S> function, int64_t tile, bool pair, int64_t plane,
-                int64_t row_begin, int64_t row_end, int64_t q_begin, int64_t q_end) {
+                int64_t row_begin, int64_t row_end, int64_t q_begin) {
     NchwTile<T>& t = tile_;
     const int64_t step = pair ? 2 * tile : tile;
     const int64_t reach = (tile - 1) * s_.stride_h + (s_.r - 1) * s_.dil_h + 1;
@@ -259,12 +299,9 @@ class DepthwiseNchw {
       t.rows_2 = pair ? rows_inside(t.top + tile * s_.stride_h, reach) : 0;
       const int64_t span = reach + (pair ? tile * s_.stride_h : 0);
       t.x = input_rows(plane, t.top, t.top + span);
-      for (int64_t q = q_begin; q < q_end; q += L) {
-        t.first = q * s_.stride_w - s_.pad_left;
-        t.y = (plane * s_.p + p) * s_.q + q;
-        t.mask = range_mask<L>(q, q_begin, q_end);
-        function(t, finish_);
-      }
+      t.first = q_begin * s_.stride_w - s_.pad_left;
+      t.y = (plane * s_.p + p) * s_.q + q_begin;
+      function(t, finish_);
     }
   }
 

@@ -29,88 +29,121 @@ struct LoadRepeated {  // K / C outputs read one channel
   }
 };
 
-// A tile of output columns of one row and L channels.
+// A tile of output columns of one row, for some vectors of channels one after the other.
 template <class V, class S>
 struct NhwcTile {
   const S* x;                    // first channel at the first row in use, column 0 of the tile
   ptrdiff_t row, pixel;          // elements from one input row in use, column to the next
-  const typename V::T* bias;     // (L)
+  const typename V::T* bias;     // (L) of the first vector of channels, then its taps
   const typename V::T* weights;  // first row in use: (rows, taps, L)
+  ptrdiff_t block;               // elements to bias and weights of the next vector of channels
   int64_t rows;                  // of the filter that lie inside the image
+  int64_t vectors;               // of channels
   uint64_t columns;              // bit j: column j of the tile is inside the image (fixed filters)
   int64_t first, width;          // column of the image where the tile begins, W
   int64_t taps, stride, dilation;
   int64_t y, y_pixel;  // element of the first output, elements to the next
-  uint32_t mask;       // output channels
+  uint32_t mask;       // output channels, where they do not fill a vector
+  const S* next;       // like x, where the tile below begins to read new rows; null for not yet
 };
+
+template <class V, class S, class Load, int Tile>
+SPARSECNN_INLINE void nhwc_finish(const typename V::reg (&acc)[Tile], const NhwcTile<V, S>& t,
+                                  int64_t y, const TileFinish<V, S>& finish) {
+  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
+  finish([&](const auto& end) {
+#pragma GCC unroll 16
+    for (int q = 0; q < Tile; ++q) end(acc[q], y + q * t.y_pixel, mask);
+  });
+}
 
 // Filters of Width columns, no dilation. Each input vector is loaded once per filter row and feeds
 // the outputs whose window covers it, from registers; so a tap costs an FMA and little else.
 template <class V, class S, class Load, int Width, int Stride, int Tile>
-void nhwc_fixed(const NhwcTile<V, S>& t, const Load& load, const ClampFinish<V, S>& finish) {
+void nhwc_fixed(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S>& finish) {
   using reg = typename V::reg;
-  reg acc[Tile];
-#pragma GCC unroll 16
-  for (int q = 0; q < Tile; ++q) acc[q] = V::load(t.bias);
-  const S* row = t.x;
+  const S* x = t.x;
+  const typename V::T* bias = t.bias;
   const typename V::T* weights = t.weights;
-  for (int64_t r = 0; r < t.rows; ++r, row += t.row, weights += Width * V::L) {
-    reg w[Width];
+  int64_t y = t.y, line = 0;
+  const S* ahead = t.next;
+  const ptrdiff_t pixel = t.pixel;
+  const uint64_t columns = t.columns;
+  for (int64_t v = 0; v < t.vectors; ++v, x += V::L, y += V::L) {
+    reg acc[Tile];
+    if (t.next != nullptr) {
+      for (int j = 0; j < Tile * Stride; ++j, ahead += V::L) {
+        __builtin_prefetch(ahead);
+        if (Stride == 2) __builtin_prefetch(ahead + t.row);
+        if (++line == t.vectors) line = 0, ahead += pixel - t.vectors * V::L;
+      }
+    }
+    const reg start = V::load(bias);
+#pragma GCC unroll 16
+    for (int q = 0; q < Tile; ++q) acc[q] = start;
+    const S* row = x;
+    const typename V::T* taps = weights;
+    for (int64_t r = 0; r < t.rows; ++r, row += t.row, taps += Width * V::L) {
+      reg w[Width];
 #pragma GCC unroll 8
-    for (int s = 0; s < Width; ++s) w[s] = V::load(weights + s * V::L);
-    const S* p = row;
+      for (int s = 0; s < Width; ++s) w[s] = V::load(taps + s * V::L);
+      const S* p = row;
 #pragma GCC unroll 64
-    for (int j = 0; j < (Tile - 1) * Stride + Width; ++j, p += t.pixel) {
-      if (t.columns >> j & 1u) {
-        const reg x = load(p);
+      for (int j = 0; j < (Tile - 1) * Stride + Width; ++j, p += pixel) {
+        // Said to be likely: else the compiler moves the arithmetic out of line and spills for it.
+        if (__builtin_expect((columns >> j & 1u) != 0, 1)) {
+          reg in = load(p);
+          keep(in);
 #pragma GCC unroll 8
-        for (int s = Width - 1; s >= 0; --s) {
-          const int q = (j - s) / Stride;
-          if (j >= s && (j - s) % Stride == 0 && q < Tile) acc[q] = V::fmadd(x, w[s], acc[q]);
+          for (int s = Width - 1; s >= 0; --s) {
+            const int q = (j - s) / Stride;
+            if (j >= s && (j - s) % Stride == 0 && q < Tile) acc[q] = V::fmadd(in, w[s], acc[q]);
+          }
         }
       }
     }
+    nhwc_finish<V, S, Load>(acc, t, y, finish);
+    bias += t.block, weights += t.block;
   }
-  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
-#pragma GCC unroll 16
-  for (int q = 0; q < Tile; ++q) finish(acc[q], t.y + q * t.y_pixel, mask);
 }
 
 // Any filter: a load per FMA, all of them aligned where the channels are.
 template <class V, class S, class Load, int Tile>
-void nhwc_any(const NhwcTile<V, S>& t, const Load& load, const ClampFinish<V, S>& finish) {
+void nhwc_any(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S>& finish) {
   using reg = typename V::reg;
-  reg acc[Tile];
-#pragma GCC unroll 16
-  for (int q = 0; q < Tile; ++q) acc[q] = V::load(t.bias);
-  const S* row = t.x;
-  const typename V::T* weights = t.weights;
   const ptrdiff_t step = t.stride * t.pixel;
   const int64_t reach = (Tile - 1) * t.stride;
-  for (int64_t r = 0; r < t.rows; ++r, row += t.row) {
-    for (int64_t s = 0; s < t.taps; ++s, weights += V::L) {
-      const reg w = V::load(weights);
-      const int64_t column = t.first + s * t.dilation;
-      const S* const p = row + s * t.dilation * t.pixel;
-      if (column >= 0 && column + reach < t.width) {
+  for (int64_t v = 0; v < t.vectors; ++v) {
+    reg acc[Tile];
+    const reg start = V::load(t.bias + v * t.block);
 #pragma GCC unroll 16
-        for (int q = 0; q < Tile; ++q) acc[q] = V::fmadd(load(p + q * step), w, acc[q]);
-      } else {
+    for (int q = 0; q < Tile; ++q) acc[q] = start;
+    const S* row = t.x + v * V::L;
+    const typename V::T* weights = t.weights + v * t.block;
+    for (int64_t r = 0; r < t.rows; ++r, row += t.row) {
+      for (int64_t s = 0; s < t.taps; ++s, weights += V::L) {
+        reg w = V::load(weights);
+        keep(w);
+        const int64_t column = t.first + s * t.dilation;
+        const S* const p = row + s * t.dilation * t.pixel;
+        if (column >= 0 && column + reach < t.width) {
 #pragma GCC unroll 16
-        for (int q = 0; q < Tile; ++q) {
-          const int64_t at = column + q * t.stride;
-          if (at >= 0 && at < t.width) acc[q] = V::fmadd(load(p + q * step), w, acc[q]);
+          for (int q = 0; q < Tile; ++q) acc[q] = V::fmadd(load(p + q * step), w, acc[q]);
+        } else {
+#pragma GCC unroll 16
+          for (int q = 0; q < Tile; ++q) {
+            const int64_t at = column + q * t.stride;
+            if (at >= 0 && at < t.width) acc[q] = V::fmadd(load(p + q * step), w, acc[q]);
+          }
         }
       }
     }
+    nhwc_finish<V, S, Load>(acc, t, t.y + v * V::L, finish);
   }
-  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
-#pragma GCC unroll 16
-  for (int q = 0; q < Tile; ++q) finish(acc[q], t.y + q * t.y_pixel, mask);
 }
 
 template <class V, class S, class Load>
-using NhwcFunction = void (*)(const NhwcTile<V, S>&, const Load&, const ClampFinish<V, S>&);
+using NhwcFunction = void (*)(const NhwcTile<V, S>&, const Load&, const TileFinish<V, S>&);
 
 template <class V, class S, class Load, int Tile>
 NhwcFunction<V, S, Load> nhwc_of_tile(int64_t width, int64_t stride, bool fixed) {
@@ -147,7 +180,7 @@ class DepthwiseNhwc {
   const DepthwiseConv2dParams& params_;
   const cpu::DepthwisePlan& plan_;
   const ConvShape& s_;
-  const ClampFinish<V, S> finish_;
+  const TileFinish<V, S> finish_;
   T* const weights_;  // of the chunk: per vector of channels (bias, taps)[L]
 
  public:
@@ -207,20 +240,19 @@ class DepthwiseNhwc {
 
   template <bool Repeated>
   void run_rows(int64_t image, int64_t chunk, int64_t row_begin, int64_t row_end) {
-    using Some = LoadSome<V, S>;
-    using Repeat = LoadRepeated<V, S>;
     int64_t k0;
     const int64_t channels = channels_of(chunk, &k0), taps = s_.r * s_.s;
     const int64_t multiplier = s_.k / s_.c;
     const bool fixed = s_.dil_w == 1;
-    const auto all =
-        find_nhwc<V, S, LoadAll<V, S>, MaxTile>(plan_.tile, s_.s, s_.stride_w, fixed);
-    const auto some = find_nhwc<V, S, Some, MaxTile>(plan_.tile, s_.s, s_.stride_w, fixed);
+    const auto all = find_nhwc<V, S, LoadAll<V, S>, MaxTile>(plan_.tile, s_.s, s_.stride_w, fixed);
+    const auto some =
+        find_nhwc<V, S, LoadSome<V, S>, MaxTile>(plan_.tile, s_.s, s_.stride_w, fixed);
     const auto repeated = nhwc_repeated();
     const S* const x = static_cast<const S*>(params_.x);
     NhwcTile<V, S> t;
     t.row = s_.dil_h * s_.w * s_.c;
     t.pixel = s_.c;
+    t.block = (taps + 1) * L;
     t.width = s_.w, t.taps = s_.s, t.stride = s_.stride_w, t.dilation = s_.dil_w;
     t.y_pixel = s_.k;
     // Columns outside rows, channels inside them: what the next row reads again is in L1.
@@ -239,13 +271,12 @@ class DepthwiseNhwc {
         const int64_t y = ((image * s_.p + p) * s_.q + q0) * s_.k + k0;
         const int64_t h = image * s_.h + top + inside.first * s_.dil_h;
         const S* const from = x + (h * s_.w + t.first) * s_.c;
-        const T* block = weights_;
-        for (int64_t c = 0; c < channels; c += L, block += (taps + 1) * L) {
-          t.bias = block;
-          t.weights = block + (1 + inside.first * s_.s) * L;
-          t.y = y + c;
-          t.mask = kAllLanes<L>;
-          if constexpr (Repeated) {
+        t.bias = weights_;
+        t.weights = weights_ + (1 + inside.first * s_.s) * L;
+        t.y = y;
+        if constexpr (Repeated) {
+          t.vectors = 1;
+          for (int64_t c = 0; c < channels; c += L, t.bias += t.block, t.weights += t.block) {
             int32_t lane[L];
             const int64_t k = k0 + c, input = k / multiplier;
             t.mask = range_mask<L>(c, 0, channels);
@@ -255,15 +286,22 @@ class DepthwiseNhwc {
               lane[l] = static_cast<int32_t>((at < last ? at : last) - input);
             }
             t.x = from + input;
-            repeated(t, Repeat{range_mask<L>(0, 0, last - input + 1), lane}, finish_);
-          } else {
-            t.x = from + k0 + c;
-            if (c + L <= channels) {
-              all(t, {}, finish_);
-            } else {
-              t.mask = range_mask<L>(c, 0, channels);
-              some(t, Some{t.mask}, finish_);
-            }
+            t.y = y + c;
+            repeated(t, {range_mask<L>(0, 0, last - input + 1), lane}, finish_);
+          }
+        } else {
+          t.x = from + k0;
+          // All of them exist but those below the image, and a prefetch may miss.
+          t.next = plan_.prefetch ? t.x + t.rows * t.row : nullptr;
+          t.vectors = channels / L;
+          if (t.vectors > 0) all(t, {}, finish_);
+          if (channels % L != 0) {
+            const int64_t done = t.vectors;
+            t.mask = range_mask<L>(0, 0, channels % L);
+            t.x += done * L, t.y += done * L;
+            t.bias += done * t.block, t.weights += done * t.block;
+            t.vectors = 1;
+            some(t, {t.mask}, finish_);
           }
         }
       }
