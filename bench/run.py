@@ -26,13 +26,17 @@ import sparsecnn
 # the package itself, so that an installed one is not hidden by the sources.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import suite_csr, suite_models
+from bench import suite_csr, suite_depthwise, suite_models
 from bench.suite import Settings, Suite
 from bench.timing import MIN_RUNS, SETTLE, fma_roof_gflops, keep_memory
 from sparsecnn.measure import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES: dict[str, Suite] = {"csr": suite_csr, "models": suite_models}
+SUITES: dict[str, Suite] = {
+    "csr": suite_csr,
+    "depthwise": suite_depthwise,
+    "models": suite_models,
+}
 # IQR over median beyond which a measurement says more about the neighbours than about the kernel.
 NOISY = 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

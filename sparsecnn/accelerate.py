@@ -34,7 +34,7 @@ from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
 from ._accelerate.survey import FilterFn, find_sites, fold_sites, measure_sites, record_sites
 from .measure import Report
-from .nn import SPARSE_LAYERS, FusedConv2d
+from .nn import FusedConv2d
 
 __all__ = ["accelerate", "accelerate_", "densify", "densify_"]
 
@@ -180,7 +180,7 @@ def _accelerate(
 def densify(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with every sparse layer back as a dense one.
 
-    `CSRConv2d` becomes `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
+    `CSRConv2d` and `DepthwiseConv2d` become `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
     `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
     one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded.
 
@@ -205,7 +205,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"densify_: expected model to be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, tuple(SPARSE_LAYERS.values())):
+    if _is_swapped(model):
         raise ValueError(
             f"densify_: expected model with layers inside, got a bare {type(model).__name__}, "
             "which cannot be replaced in place; use densify"
@@ -221,11 +221,15 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _is_swapped(module: nn.Module) -> bool:
+    """Whether a module is one of this package's drop-ins for a dense layer."""
+    return bool(getattr(type(module), "is_sparsecnn_layer", False))
+
+
 def _densify(model: nn.Module) -> nn.Module:
-    kinds = tuple(SPARSE_LAYERS.values())
     swaps: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if not isinstance(module, kinds):
+        if not _is_swapped(module):
             continue
         dense: nn.Module = cast(Any, module).to_dense()
         activation = str(getattr(module, "activation", "none"))
@@ -297,7 +301,7 @@ def _check(
 
 def _check_layers(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, tuple(SPARSE_LAYERS.values())):
+        if _is_swapped(module):
             raise ValueError(
                 f"{what}: expected model with dense layers, got {type(module).__name__} at "
                 f"{name!r}; call sparsecnn.densify first"

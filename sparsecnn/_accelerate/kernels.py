@@ -15,13 +15,13 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..nn import CSRConv2d, CSRLinear, FusedConv2d
+from ..nn import CSRConv2d, CSRLinear, DepthwiseConv2d, FusedConv2d
 from .copy import LAYOUTS, in_layout
 
 # A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
 # which does them all; with this share of nonzeros none has won, so the time to try is saved.
 MAX_DENSITY = 0.7
-_CSR_DTYPES = {
+_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
@@ -86,7 +86,7 @@ class Candidate:
 def _csr_applies(layer: Layer) -> str | None:
     m = layer.module
     dtype, device = m.weight.dtype, m.weight.device.type
-    if dtype not in _CSR_DTYPES.get(device, ()):
+    if dtype not in _DTYPES.get(device, ()):
         return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
     if isinstance(m, nn.Conv2d):
         if m.padding_mode != "zeros":
@@ -105,8 +105,34 @@ def _csr_build(layer: Layer) -> nn.Module:
     return CSRLinear.from_dense(m, activation=layer.activation)
 
 
+def _depthwise_applies(layer: Layer) -> str | None:
+    m = layer.module
+    if not isinstance(m, nn.Conv2d):
+        return "no convolution"
+    if m.groups != m.in_channels:
+        return f"{m.groups} groups of {m.in_channels} channels"
+    dtype, device = m.weight.dtype, m.weight.device.type
+    if device != "cpu" or dtype not in _DTYPES["cpu"]:
+        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
+    if m.padding_mode != "zeros":
+        return f"padding_mode {m.padding_mode!r}"
+    if any(len(shape) != 4 for shape in layer.inputs):
+        return "input without a batch dimension"
+    return None
+
+
+def _depthwise_build(layer: Layer) -> nn.Module:
+    m = layer.module
+    assert isinstance(m, nn.Conv2d)
+    return DepthwiseConv2d.from_dense(m, activation=layer.activation)
+
+
 CANDIDATES: dict[str, Candidate] = {
-    candidate.name: candidate for candidate in (Candidate("csr", _csr_applies, _csr_build),)
+    candidate.name: candidate
+    for candidate in (
+        Candidate("csr", _csr_applies, _csr_build),
+        Candidate("depthwise", _depthwise_applies, _depthwise_build),
+    )
 }
 
 

@@ -95,19 +95,13 @@ void nchw_fixed(const NchwTile<typename V::T>& t, const TileFinish<V, S>& finish
       for (; s + 1 < t.taps; s += 2) nchw_taps<V, R, Stride, Tile, Pair, 2>(t, x, masks, s, acc);
     }
     for (; s < t.taps; ++s) nchw_taps<V, R, Stride, Tile, Pair, 1>(t, x, masks, s, acc);
-    const int64_t pitch = t.y_pitch, below = t.below;
-    int64_t y = t.y + v * V::L;
+    const int64_t y = t.y + v * V::L;
     const uint32_t mask = v + 1 < t.vectors ? kAllLanes<V::L> : t.mask;
-    finish([&](const auto& end) {
-#pragma GCC unroll 16
-      for (int o = 0; o < Tile; ++o, y += pitch) {
-        if constexpr (Pair) {
-          end.pair(acc[o], y, mask, y + Tile * pitch, o < below ? mask : 0);
-        } else {
-          end(acc[o], y, mask);
-        }
-      }
-    });
+    if constexpr (Pair) {
+      finish.pairs(acc, y, t.y_pitch, Tile * t.y_pitch, t.below, mask);
+    } else {
+      finish(acc, y, t.y_pitch, mask);
+    }
   }
 }
 
@@ -151,10 +145,7 @@ void nchw_any(const NchwTile<typename V::T>& t, const TileFinish<V, S>& finish) 
       }
     }
     const uint32_t mask = v + 1 < t.vectors ? kAllLanes<L> : t.mask;
-    finish([&](const auto& end) {
-#pragma GCC unroll 16
-      for (int o = 0; o < Tile; ++o) end(acc[o], t.y + v * L + o * t.y_pitch, mask);
-    });
+    finish(acc, t.y + v * L, t.y_pitch, mask);
   }
 }
 

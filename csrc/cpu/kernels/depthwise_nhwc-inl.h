@@ -47,16 +47,6 @@ struct NhwcTile {
   const S* next;       // like x, where the tile below begins to read new rows; null for not yet
 };
 
-template <class V, class S, class Load, int Tile>
-SPARSECNN_INLINE void nhwc_finish(const typename V::reg (&acc)[Tile], const NhwcTile<V, S>& t,
-                                  int64_t y, const TileFinish<V, S>& finish) {
-  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
-  finish([&](const auto& end) {
-#pragma GCC unroll 16
-    for (int q = 0; q < Tile; ++q) end(acc[q], y + q * t.y_pixel, mask);
-  });
-}
-
 // Filters of Width columns, no dilation. Each input vector is loaded once per filter row and feeds
 // the outputs whose window covers it, from registers; so a tap costs an FMA and little else.
 template <class V, class S, class Load, int Width, int Stride, int Tile>
@@ -69,6 +59,7 @@ void nhwc_fixed(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S
   const S* ahead = t.next;
   const ptrdiff_t pixel = t.pixel;
   const uint64_t columns = t.columns;
+  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
   for (int64_t v = 0; v < t.vectors; ++v, x += V::L, y += V::L) {
     reg acc[Tile];
     if (t.next != nullptr) {
@@ -102,7 +93,7 @@ void nhwc_fixed(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S
         }
       }
     }
-    nhwc_finish<V, S, Load>(acc, t, y, finish);
+    finish(acc, y, t.y_pixel, mask);
     bias += t.block, weights += t.block;
   }
 }
@@ -113,6 +104,7 @@ void nhwc_any(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S>&
   using reg = typename V::reg;
   const ptrdiff_t step = t.stride * t.pixel;
   const int64_t reach = (Tile - 1) * t.stride;
+  const uint32_t mask = Load::kWhole ? kAllLanes<V::L> : t.mask;
   for (int64_t v = 0; v < t.vectors; ++v) {
     reg acc[Tile];
     const reg start = V::load(t.bias + v * t.block);
@@ -138,7 +130,7 @@ void nhwc_any(const NhwcTile<V, S>& t, const Load& load, const TileFinish<V, S>&
         }
       }
     }
-    nhwc_finish<V, S, Load>(acc, t, t.y + v * V::L, finish);
+    finish(acc, t.y + v * V::L, t.y_pixel, mask);
   }
 }
 
