@@ -1,4 +1,4 @@
-"""Suite `depthwise`: depthwise layers of real networks, ours against the framework's grouped one."""
+"""Suite `depthwise`: depthwise layers of real networks against the framework's grouped ones."""
 
 from __future__ import annotations
 

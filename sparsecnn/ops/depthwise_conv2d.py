@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
@@ -159,17 +158,14 @@ def run_depthwise_conv2d(
 def _needs_no_graph(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> bool:
-    """Whether no kind of differentiation looks on: neither a tape, nor a tangent, nor a transform.
-
-    ``_current_level`` is -1 outside of ``forward_ad.dual_level``.
-    """
+    """Whether neither a tape nor a transform of ``torch.func`` looks on."""
     wanted = torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    return not wanted and forward_ad._current_level < 0 and _transform() is None
+    return not wanted and _transform() is None
 
 
 def _call(
@@ -251,7 +247,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _grad_conv(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[list[int]], mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """aten's gradients for x and weight; it pads both sides alike, so other pads come first."""
+    """Gradients of x and weight by aten, which pads both sides alike: other pads come first."""
     stride, padding, dilation = geometry
     top, bottom, left, right = padding
     h, w = x.shape[2:]

@@ -40,7 +40,7 @@ def channel_cases() -> Iterator[ConvCase]:
 def size_cases() -> Iterator[ConvCase]:
     """Every size 1..33 at both strides: each tile, its remainder, halves of a vector."""
     for kernel in FIXED:
-        for size in (*range(1, 34), 56):
+        for size in (*range(1, 18), 20, 23, 28, 30, 31, 32, 33, 56):
             for stride in ((1, 1), (2, 2)):
                 case = ConvCase(n=1, c=2, kernel=kernel, padding=same(kernel), stride=stride)
                 yield depthwise(case.but(h=size, w=size))
@@ -53,7 +53,7 @@ def filter_cases() -> Iterator[ConvCase]:
     """Filters beside the fixed ones, strides and dilations in all mixtures, uneven pads."""
     shared = (*families.kernel_cases(), *families.batch_cases())
     yield from (depthwise(case) for case in shared)
-    yield from (depthwise(case, 2) for case in shared if case.n == 2)
+    yield from (depthwise(case, 2) for case in shared[::3])
     for kernel in ((3, 3), (3, 5), (5, 3), (7, 2)):
         for stride in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)):
             for dilation in ((1, 1), (2, 2), (1, 3), (3, 1)):
@@ -75,24 +75,16 @@ def end_cases() -> Iterator[ConvCase]:
         yield depthwise(case)
 
 
-def all_cases() -> list[ConvCase]:
-    """Every case once."""
-    found: dict[ConvCase, None] = {}
-    for family in (channel_cases, size_cases, filter_cases, end_cases):
-        found.update(dict.fromkeys(family()))
-    return list(found)
-
-
-def variants(case: ConvCase) -> Iterator[ConvCase]:
-    """Real data in one dtype, exact integers in another, both memory formats."""
+def variants(case: ConvCase, turn: int) -> Iterator[ConvCase]:
+    """Exact integers in both memory formats, and in turn other types and real data."""
     layouts = (case.layout,)
     if case.layout == "contiguous":
         layouts = ("contiguous", "channels_last")
     for layout in layouts:
         yield case.but(layout=layout, integers=True)
-        yield case.but(layout=layout, dtype=torch.bfloat16)
-    yield case.but(layout=layouts[0], dtype=torch.float64, integers=True)
-    yield case.but(layout=layouts[-1])
+    others = [(dtype, layout) for dtype in DTYPES for layout in layouts]
+    dtype, layout = others[turn % len(others)]
+    yield case.but(dtype=dtype, layout=layout)
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
@@ -102,24 +94,24 @@ def variants(case: ConvCase) -> Iterator[ConvCase]:
 def test_result(family: object, isa_name: str) -> None:
     seen = 0
     with active_isa(isa_name):
-        for case in family():  # type: ignore[operator]
+        for turn, case in enumerate(family()):  # type: ignore[arg-type,operator]
             if min(case.out_size) < 1:
                 continue
-            for variant in variants(case):
+            for variant in variants(case, turn):
                 check(build(variant))
                 seen += 1
-    assert seen > 100
+    assert seen > 80
 
 
 NETWORK = [
     ConvCase(n=1, c=96, h=56, w=56),
-    ConvCase(n=2, c=144, h=56, w=56, stride=(2, 2)),
+    ConvCase(n=2, c=48, h=56, w=56, stride=(2, 2)),
     ConvCase(n=1, c=240, h=28, w=28, kernel=(5, 5)),
-    ConvCase(n=1, c=960, h=7, w=7),
+    ConvCase(n=1, c=480, h=7, w=7),
     ConvCase(n=1, c=40, h=28, w=28, kernel=(7, 7), residual=True, activation="silu"),
     # Above the size from which input is prefetched.
-    ConvCase(n=9, c=40, h=112, w=112, stride=(2, 2), activation="relu6"),
-    ConvCase(n=3, c=36, h=112, w=112),
+    ConvCase(n=5, c=40, h=112, w=112, stride=(2, 2), activation="relu6"),
+    ConvCase(n=2, c=44, h=112, w=112),
 ]
 
 
@@ -142,9 +134,7 @@ def test_layers_of_networks(case: ConvCase, layout: str, isa: str) -> None:
     ],
     ids=lambda case: case.id,
 )
-def test_threads_do_not_change_a_bit(
-    case: ConvCase, layout: str, isa: str, threads: None
-) -> None:
+def test_threads_do_not_change_a_bit(case: ConvCase, layout: str, isa: str, threads: None) -> None:
     problem = build(case.but(layout=layout))
     results = []
     for count in (1, 2, 5):
@@ -214,9 +204,7 @@ def test_relu_passes_nan_and_silu_saturates(isa: str) -> None:
 
 @pytest.mark.parametrize("x_layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "transposed", "sliced"])
-def test_residual_and_weight_may_lie_anyhow(
-    x_layout: str, residual_layout: str, isa: str
-) -> None:
+def test_residual_and_weight_may_lie_anyhow(x_layout: str, residual_layout: str, isa: str) -> None:
     problem = build(depthwise(ConvCase(residual=True, layout=x_layout, activation="relu")))
     assert problem.residual is not None and problem.bias is not None
     spread = torch.full((*problem.weight.shape[:-1], 6), 77.0)
