@@ -26,7 +26,14 @@ import sparsecnn
 # the package itself, so that an installed one is not hidden by the sources.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import suite_chain, suite_csr, suite_models, suite_pattern, suite_pointwise
+from bench import (
+    suite_chain,
+    suite_csr,
+    suite_depthwise,
+    suite_models,
+    suite_pattern,
+    suite_pointwise,
+)
 from bench.suite import Settings, Suite
 from bench.timing import MIN_RUNS, SETTLE, fma_roof_gflops, keep_memory
 from sparsecnn.measure import environment
@@ -35,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITES: dict[str, Suite] = {
     "chain": suite_chain,
     "csr": suite_csr,
+    "depthwise": suite_depthwise,
     "models": suite_models,
     "pattern": suite_pattern,
     "pointwise": suite_pointwise,

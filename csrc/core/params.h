@@ -45,6 +45,12 @@ struct PatternConv2dParams : ConvParams {
   int64_t filter_groups;
 };
 
+// W dense, one filter for each output channel: (K, 1, R, S), groups = C, and output channel k reads
+// input channel k / (K / C). Accumulated by ascending (r, s) in NHWC, by ascending (s, r) in NCHW.
+struct DepthwiseConv2dParams : ConvParams {
+  const void* weight;
+};
+
 // grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]
 // for the i-th stored position (k, c, r, s): a sampled product, dense only in the activations.
 struct CsrConv2dGradValuesParams {

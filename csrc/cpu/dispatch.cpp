@@ -13,11 +13,17 @@ namespace sparsecnn {
   namespace isa {                                       \
   extern const cpu::CsrKernels csr_kernels;             \
   extern const cpu::ChainKernels chain_kernels;         \
+  extern const cpu::DepthwiseKernels depthwise_kernels; \
   extern const cpu::PatternKernels pattern_kernels;     \
   extern const cpu::PointwiseKernels pointwise_kernels; \
   }
 #define SPARSECNN_TABLE(isa, name) \
-  {name, isa::csr_kernels, isa::chain_kernels, isa::pattern_kernels, isa::pointwise_kernels}
+  {name,                           \
+   isa::csr_kernels,               \
+   isa::chain_kernels,             \
+   isa::depthwise_kernels,         \
+   isa::pattern_kernels,           \
+   isa::pointwise_kernels}
 
 SPARSECNN_UNITS(isa_scalar)
 #if defined(__x86_64__)

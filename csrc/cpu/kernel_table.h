@@ -6,6 +6,7 @@
 #include "core/params.h"
 #include "cpu/chain_plan.h"
 #include "cpu/csr_plan.h"
+#include "cpu/depthwise_plan.h"
 #include "cpu/pattern_plan.h"
 #include "cpu/pointwise_plan.h"
 
@@ -36,6 +37,14 @@ struct PointwiseKernels {
                  void* scratch);
 };
 
+struct DepthwiseKernels {
+  DepthwiseMachine of_float;   // float32 and bfloat16 storage
+  DepthwiseMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
+  void (*conv2d)(const DepthwiseConv2dParams&, const DepthwisePlan&, int64_t begin, int64_t end,
+                 void* scratch);
+};
+
 struct PatternKernels {
   TileMachine of_float;   // float32 and bfloat16 storage
   TileMachine of_double;  // float64 storage
@@ -50,6 +59,7 @@ struct KernelTable {
   const char* isa;
   const CsrKernels& csr;
   const ChainKernels& chain;
+  const DepthwiseKernels& depthwise;
   const PatternKernels& pattern;
   const PointwiseKernels& pointwise;
 };

@@ -12,7 +12,9 @@
 //   load_mask<S> / store_mask<S> (storage type S in memory, only lanes whose mask bit is set are
 //   touched), transpose(reg (&)[L]); and the same for narrow rows, two to a register:
 //   load_pair<S> / store_pair<S> (the lower L/2 lanes at one address, the upper at another, masks
-//   of L/2 bits) and transpose_pairs(reg (&)[L/2]), which transposes both L/2 x L/2 halves.
+//   of L/2 bits) and transpose_pairs(reg (&)[L/2]), which transposes both L/2 x L/2 halves;
+//   even(a, b) / odd(a, b): lanes 0, 2, 4, .. (1, 3, 5, ..) of a, then those of b;
+//   permute(a, int32 index[L]): lane i is lane index[i] of a.
 #pragma once
 #include "cpu/vec_portable.h"
 
@@ -22,6 +24,19 @@
 
 namespace sparsecnn {
 namespace SPARSECNN_ISA {
+
+// Keeps a value that several operations use in a register. The compiler folds a load into each of
+// its uses, which costs a load for every one of them.
+template <class Reg>
+SPARSECNN_INLINE void keep(Reg& r) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(r));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(r));
+#else
+  (void)r;
+#endif
+}
 
 // Bit i is set when p[i] >= bound, for the first n <= kScan integers.
 #if defined(SPARSECNN_ISA_AVX512)
@@ -131,6 +146,19 @@ struct VecFloat {
     const __m256i h = round_bf16(v);
     _mm_mask_storeu_epi16(lo, static_cast<__mmask8>(mask_lo), _mm256_castsi256_si128(h));
     _mm_mask_storeu_epi16(hi, static_cast<__mmask8>(mask_hi), _mm256_extracti128_si256(h, 1));
+  }
+  static SPARSECNN_INLINE reg even(reg a, reg b) {
+    const __m512i lanes =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
+  static SPARSECNN_INLINE reg odd(reg a, reg b) {
+    const __m512i lanes =
+        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
+  static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a);
   }
   // 4x4 blocks inside the 128-bit lanes of four registers, as columns.
   static SPARSECNN_INLINE void transpose_4x4(const reg* r, reg* t) {
@@ -268,6 +296,18 @@ struct VecFloat {
   static SPARSECNN_INLINE void store_pair(S* lo, uint32_t mask_lo, S* hi, uint32_t mask_hi, reg v) {
     store_half(lo, _mm256_castps256_ps128(v), mask_lo);
     store_half(hi, _mm256_extractf128_ps(v, 1), mask_hi);
+  }
+  static SPARSECNN_INLINE reg even(reg a, reg b) {
+    const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8));
+  }
+  static SPARSECNN_INLINE reg odd(reg a, reg b) {
+    const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8));
+  }
+  static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    return _mm256_permutevar8x32_ps(a, lanes);
   }
   // 4x4 blocks inside the 128-bit lanes of four registers, as columns.
   static SPARSECNN_INLINE void transpose_4x4(const reg* r, reg* t) {

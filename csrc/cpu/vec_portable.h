@@ -119,6 +119,13 @@ struct VecPortable {
       if (mask_hi >> i & 1u) hi[i] = Convert<S>::from(v[L / 2 + i]);
     }
   }
+  static SPARSECNN_INLINE reg even(reg a, reg b) { return alternate(a, b, 0); }
+  static SPARSECNN_INLINE reg odd(reg a, reg b) { return alternate(a, b, 1); }
+  static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
+    reg r;
+    for (int i = 0; i < L; ++i) r[i] = a[index[i]];
+    return r;
+  }
   static SPARSECNN_INLINE void transpose(reg (&r)[L]) { transpose_square<L>(r, 0); }
   static SPARSECNN_INLINE void transpose_pairs(reg (&r)[L / 2]) {
     transpose_square<L / 2>(r, 0);
@@ -126,6 +133,14 @@ struct VecPortable {
   }
 
  private:
+  static SPARSECNN_INLINE reg alternate(reg a, reg b, int first) {
+    reg r;
+    for (int i = 0; i < L / 2; ++i) {
+      r[i] = a[2 * i + first];
+      r[L / 2 + i] = b[2 * i + first];
+    }
+    return r;
+  }
   // Lanes [lane, lane + N) of N registers.
   template <int N>
   static SPARSECNN_INLINE void transpose_square(reg (&r)[N], int lane) {

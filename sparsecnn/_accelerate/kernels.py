@@ -16,7 +16,15 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from ..nn import CSRConv2d, CSRLinear, FusedConv2d, PatternConv2d, PointwiseConv2d
+from ..nn import (
+    CSRConv2d,
+    CSRLinear,
+    DepthwiseConv2d,
+    FusedConv2d,
+    PatternConv2d,
+    PointwiseConv2d,
+)
+from ..nn._common import ConvDropIn
 from .copy import LAYOUTS, in_layout
 
 # A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
@@ -28,6 +36,7 @@ _CSR_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
+_DENSE_DTYPES = {"cpu": _CSR_DTYPES["cpu"]}
 
 Dense: TypeAlias = "nn.Conv2d | nn.Linear"
 
@@ -124,31 +133,10 @@ def _csr_build(layer: Layer) -> nn.Module:
     return CSRLinear.from_dense(m, activation=layer.activation)
 
 
-def _pointwise_applies(layer: Layer) -> str | None:
-    m = layer.module
-    dtype, device = m.weight.dtype, m.weight.device.type
-    if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (1, 1):
-        return "no 1x1 convolution"
-    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {str(dtype).removeprefix('torch.')} on {device}"
-    if m.groups != 1:
-        return f"groups {m.groups}"
-    if any(m._reversed_padding_repeated_twice):
-        return f"padding {m.padding!r}"
-    if any(len(shape) != 4 for shape in layer.inputs):
-        return "input without a batch dimension"
-    return None
-
-
-def _pointwise_build(layer: Layer) -> nn.Module:
-    assert isinstance(layer.module, nn.Conv2d)
-    return PointwiseConv2d.from_dense(layer.module, activation=layer.activation)
-
-
 def _pattern_applies(layer: Layer) -> str | None:
     if not isinstance(layer.module, nn.Conv2d):
         return "not a convolution"
-    reason = _refused(layer, {"cpu": _CSR_DTYPES["cpu"]})
+    reason = _refused(layer, _DENSE_DTYPES)
     if reason is not None:
         return reason
     if layer.density > MAX_PATTERN_DENSITY:
@@ -156,17 +144,39 @@ def _pattern_applies(layer: Layer) -> str | None:
     return "zeros without a pattern" if layer.pattern == "none" else None
 
 
-def _pattern_build(layer: Layer) -> nn.Module:
-    assert isinstance(layer.module, nn.Conv2d)
-    return PatternConv2d.from_dense(layer.module, activation=layer.activation)
+def _depthwise_applies(layer: Layer) -> str | None:
+    m = layer.module
+    if not isinstance(m, nn.Conv2d) or m.groups != m.in_channels:
+        return "not a depthwise convolution"
+    return _refused(layer, _DENSE_DTYPES)
+
+
+def _pointwise_applies(layer: Layer) -> str | None:
+    m = layer.module
+    if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (1, 1):
+        return "not a 1x1 convolution"
+    if m.groups != 1:
+        return f"groups {m.groups}"
+    if any(m._reversed_padding_repeated_twice):
+        return f"padding {m.padding!r}"
+    return _refused(layer, _DENSE_DTYPES)
+
+
+def _conv_build(kind: type[ConvDropIn]) -> Callable[[Layer], nn.Module]:
+    def build(layer: Layer) -> nn.Module:
+        assert isinstance(layer.module, nn.Conv2d)
+        return kind.from_dense(layer.module, activation=layer.activation)
+
+    return build
 
 
 CANDIDATES: dict[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         Candidate("csr", _csr_applies, _csr_build),
-        Candidate("pointwise", _pointwise_applies, _pointwise_build),
-        Candidate("pattern", _pattern_applies, _pattern_build),
+        Candidate("pattern", _pattern_applies, _conv_build(PatternConv2d)),
+        Candidate("depthwise", _depthwise_applies, _conv_build(DepthwiseConv2d)),
+        Candidate("pointwise", _pointwise_applies, _conv_build(PointwiseConv2d)),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsecnn.nn.chain import ChainConv2d
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
+from sparsecnn.nn.depthwise import DepthwiseConv2d
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
 from sparsecnn.nn.pattern import PatternConv2d
@@ -18,6 +19,7 @@ __all__ = [
     "CSRConv2d",
     "CSRLinear",
     "ChainConv2d",
+    "DepthwiseConv2d",
     "FusedConv2d",
     "PatternConv2d",
     "PointwiseConv2d",

@@ -107,7 +107,8 @@ def check_conv(
         op: name for the messages.
         x: should be (N, C, H, W).
         weight_shape: (K, C/G, R, S).
-        weight: name -> array of the packed weight; floating-point ones have the dtype of x.
+        weight: name -> array of the packed weight, or "" -> a dense one; floating-point ones have
+            the dtype of x.
         bias: should be (K,).
         residual: should have the output's shape.
         geometry: from `conv_geometry`.
@@ -137,7 +138,9 @@ def check_conv(
             f"{op}: expected x of dtype {names} on {x.device.type}, got {x.dtype}; "
             "convert the layer and its input"
         )
-    tensors: dict[str, Tensor | None] = {f"weight.{name}": t for name, t in weight.items()}
+    tensors: dict[str, Tensor | None] = {
+        f"weight.{name}" if name else "weight": t for name, t in weight.items()
+    }
     indices = [name for name, t in weight.items() if not t.is_floating_point()]
     tensors |= {"bias": bias, "residual": residual}
     for name, t in tensors.items():

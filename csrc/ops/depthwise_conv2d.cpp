@@ -1,0 +1,58 @@
+// depthwise_conv2d: schema, checks, allocation. The gradients are those of a dense convolution.
+#include <algorithm>
+
+#include "cpu/kernel_table.h"
+#include "ops/conv.h"
+
+namespace sparsecnn::ops {
+namespace {
+
+constexpr const char* kOp = "depthwise_conv2d";
+
+Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                            std::optional<Tensor> residual, Ints stride, Ints padding,
+                            Ints dilation, Name activation) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, kOp,
+                  ": expected weight of shape (K, 1, R, S)");
+  check_same(weight, x, kOp, "weight");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, kOp,
+                  ": expected x with 4 dimensions (N, C, H, W) and at least one channel");
+  const ConvShape s =
+      conv_shape(kOp, x, weight.size(0),
+                 {{weight.size(2), weight.size(3)}, stride, padding, dilation, x.size(1)});
+  const Tensor own_weight = as_contiguous(weight);
+  DepthwiseConv2dParams params{};
+  const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
+  params.weight = own_weight.const_data_ptr();
+  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
+                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  if (tensors.y.numel() == 0) return tensors.y;
+
+  const cpu::DepthwiseKernels& table = cpu::kernels().depthwise;
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const cpu::DepthwisePlan plan = cpu::depthwise_plan(
+      params, params.dtype == DType::kFloat64 ? table.of_double : table.of_float, threads);
+  const int64_t workers = std::min(threads, plan.items);
+  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
+                   base + w * plan.thread_bytes);
+    }
+  });
+  return tensors.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
+  m.def(
+      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d_cpu));
+}
+
+}  // namespace sparsecnn::ops

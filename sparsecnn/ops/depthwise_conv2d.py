@@ -1,0 +1,266 @@
+"""``depthwise_conv2d``: one filter per channel, dense, with bias, activation and residual fused.
+
+``y[n, k] = act(x[n, k // m] (*) W[k, 0] + bias[k] + residual[n, k])`` with the channel multiplier
+``m = K / C``: the depthwise half of a separable convolution (Sifre, "Rigid-Motion Scattering for
+Image Classification", 2014; Howard et al., "MobileNets", 2017). The cost is
+``2 * N * K * P * Q * R * S`` FLOPs for ``N * (C * H * W + K * P * Q)`` elements moved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
+from sparsecnn.ops._check import Geometry, check_conv, conv_geometry
+from sparsecnn.ops._common import (
+    CPU_DTYPES,
+    activation_slope,
+    autocast_is_on,
+    autocast_to,
+    fake_output,
+    is_eager,
+)
+
+_OP = "depthwise_conv2d"
+_depthwise_conv2d_op = torch.ops.sparsecnn.depthwise_conv2d.default
+_plain_geometry = functools.lru_cache(maxsize=256)(functools.partial(conv_geometry, _OP))
+# The way a kernel of torch calls itself where nothing is to be recorded.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func, None outside of all
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{_OP}: expected weight a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(
+            f"{_OP}: expected weight of shape (K, 1, R, S), one input channel per filter, "
+            f"got {tuple(weight.shape)}"
+        )
+    groups = 1
+    if isinstance(x, Tensor) and x.dim() == 4:
+        if x.is_cuda:
+            raise NotImplementedError(f"{_OP}: expected x on the CPU, got {x.device}")
+        groups = x.shape[1]
+        if groups < 1 or weight.shape[0] % groups:
+            raise ValueError(
+                f"{_OP}: expected weight with a multiple of the {groups} channels of x as its "
+                f"number of filters K, got K = {weight.shape[0]}"
+            )
+    check_conv(
+        _OP, x, weight.shape, {"": weight}, bias, residual, geometry, groups, activation,
+        CPU_DTYPES,
+    )  # fmt: skip
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Depthwise 2-d convolution, fused with bias, residual and activation.
+
+    ``y = act(conv(x, W, groups=C) + bias + residual)``.
+
+    Args:
+        x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first.
+            float32, bfloat16 or float64, on the CPU.
+        weight: ``(K, 1, R, S)`` of the dtype of ``x``, as ``nn.Conv2d`` with ``groups=C`` has it;
+            ``K = m * C`` with a channel multiplier ``m >= 1``.
+        bias: ``(K,)``.
+        stride: one or two ints.
+        padding: int, ``(h, w)``, ``(top, bottom, left, right)``, ``"same"`` or ``"valid"``.
+        dilation: one or two ints.
+        activation: ``none``, ``relu``, ``relu6``, ``silu`` or ``hardswish``.
+        residual: like the output, added before the activation.
+
+    Returns:
+        ``(N, K, P, Q)`` in the memory format of ``x``.
+
+    Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the R * S
+    taps, so the error is at most ``(R * S + 2) * eps * conv(|x|, |W|)``; the result is bitwise the
+    same at any thread count. Cost: ``2 * N * K * P * Q * R * S`` FLOPs and every element moved
+    once; 3x3 filters are bound by memory, 5x5 and larger by arithmetic. Scratch: the filters of a
+    few channels per thread, in bfloat16 NCHW also the input rows of 14 output rows as float32.
+
+    Raises:
+        ValueError: a shape, device or option that does not fit; names it and the value.
+        TypeError: a dtype that is not supported or does not match.
+        NotImplementedError: x on another device than the CPU.
+    """
+    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
+    kernel_size = weight.shape[2:] if isinstance(weight, Tensor) and weight.dim() == 4 else (1, 1)
+    if type(stride) is int and type(padding) is int and type(dilation) is int and is_eager(x):
+        geometry = _plain_geometry(tuple(kernel_size), stride, padding, dilation)
+    else:
+        geometry = conv_geometry(_OP, kernel_size, stride, padding, dilation)
+    return run_depthwise_conv2d(x, weight, bias, residual, geometry, activation)
+
+
+def run_depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    """`depthwise_conv2d` with its geometry already checked.
+
+    A call that the C++ checks accept is not checked in Python as well, and one that needs no graph
+    does not visit the autograd kernel, which is Python and costs as much as the rest of the call.
+    """
+    if autocast_is_on(x):
+        cast = autocast_to(x)
+        x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
+    arguments = (x, weight, bias, residual, geometry, activation)
+    seen_by_op = (
+        is_eager(x)
+        and isinstance(weight, Tensor)
+        # What decides which implementation sees the arguments.
+        and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or bias.is_cpu)
+        and (residual is None or residual.is_cpu)
+    )
+    if not seen_by_op:
+        _check(*arguments)
+        return _call(*arguments)
+    try:
+        if _needs_no_graph(x, weight, bias, residual):
+            with _below_autograd():
+                return _call(*arguments)
+        return _call(*arguments)
+    except (RuntimeError, TypeError):
+        _check(*arguments)  # says it better, if it was an argument
+        raise
+
+
+def _needs_no_graph(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    """Whether neither a tape nor a transform of ``torch.func`` looks on."""
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    return not wanted and _transform() is None
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+) -> Tensor:
+    _, stride, padding, dilation = geometry
+    y: Tensor = _depthwise_conv2d_op(
+        x, weight, bias, residual, stride, padding, dilation, activation
+    )
+    return y
+
+
+@torch.library.register_fake("sparsecnn::depthwise_conv2d")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
+    torch._check(
+        weight.dim() == 4 and weight.shape[1] == 1,
+        lambda: f"{_OP}: expected weight of shape (K, 1, R, S), got {tuple(weight.shape)}",
+    )
+    return fake_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.sparsecnn.depthwise_conv2d)
+def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    n, k, p, q = out_shape
+    return int(2 * n * k * p * q * weight_shape[2] * weight_shape[3])
+
+
+# A direct call of the op casts to the default of its device; depthwise_conv2d to that in force.
+torch.library.register_autocast("sparsecnn::depthwise_conv2d", "cpu", torch.bfloat16)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual, *geometry, activation = inputs
+    by_output = activation in ("relu", "relu6")
+    ctx.save_for_backward(
+        x,
+        weight,
+        bias,
+        residual if activation in ("silu", "hardswish") else None,
+        output if by_output else None,
+    )
+    ctx.geometry, ctx.activation = geometry, activation
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of the dense convolution, behind the slope of the activation."""
+    x, weight, bias, residual, y = ctx.saved_tensors
+    if ctx.activation != "none":
+        z = None
+        if y is None:  # silu and hardswish: the input of the activation is computed again
+            z = torch.ops.sparsecnn.depthwise_conv2d.default(
+                x, weight, bias, residual, *ctx.geometry, "none"
+            )
+        grad = grad * activation_slope(ctx.activation, y, z)
+    need = ctx.needs_input_grad
+    grad_x = grad_weight = None
+    if need[0] or need[1]:
+        grad_x, grad_weight = _grad_conv(grad, x, weight, ctx.geometry, [need[0], need[1], False])
+    grad_bias = grad.sum((0, 2, 3)) if need[2] else None
+    grad_residual = grad if need[3] else None
+    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None
+
+
+def _grad_conv(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[list[int]], mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight by aten, which pads both sides alike: other pads come first."""
+    stride, padding, dilation = geometry
+    top, bottom, left, right = padding
+    h, w = x.shape[2:]
+    symmetric = top == bottom and left == right
+    if not symmetric:
+        x = torch.nn.functional.pad(x, (left, right, top, bottom))
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, stride, [top, left] if symmetric else [0, 0], dilation, False,
+        [0, 0], x.shape[1], mask,
+    )  # fmt: skip
+    if mask[0] and not symmetric:
+        grad_x = grad_x[:, :, top : top + h, left : left + w]
+    return grad_x if mask[0] else None, grad_weight if mask[1] else None
+
+
+torch.library.register_autograd("sparsecnn::depthwise_conv2d", _backward, setup_context=_setup)
