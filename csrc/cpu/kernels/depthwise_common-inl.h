@@ -103,8 +103,5 @@ struct TileOf {
   static constexpr int value = Tile;
 };
 
-template <int L>
-constexpr uint32_t kAllLanes = L == 32 ? ~0u : (1u << L) - 1u;
-
 }  // namespace SPARSECNN_ISA
 }  // namespace sparsecnn
