@@ -180,8 +180,8 @@ def _accelerate(
 def densify(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with every sparse layer back as a dense one.
 
-    `CSRConv2d` and `DepthwiseConv2d` become `nn.Conv2d`, or `FusedConv2d` where an activation was fused into it;
-    `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
+    `CSRConv2d` and `DepthwiseConv2d` become `nn.Conv2d`, or `FusedConv2d` where an activation was
+    fused into it; `CSRLinear` becomes `nn.Linear` (followed by its activation in an `nn.Sequential` if it has
     one). `FusedConv2d` layers stay: they are dense convolutions. Batch norms stay folded.
 
     Args:
