@@ -25,10 +25,12 @@ struct DepthwisePlan {
   int64_t bands;
   int32_t full_tile;  // output rows in registers, L columns of each
   int32_t pair_tile;  // the same where a vector holds L/2 columns of two rows that far apart
-  bool prefetch;      // from memory, in its order: pixels in NHWC, planes in NCHW
+  // NCHW, small planes: an item is L channels of an image, computed as NHWC (`tile`).
+  bool transposed;
+  bool prefetch;  // NHWC, from memory: input in the order of memory, ahead of its row
   int64_t items;
   // Per-thread scratch, in bytes from the thread's base.
-  int64_t weight_offset, mask_offset, rows_offset, thread_bytes;
+  int64_t weight_offset, mask_offset, rows_offset, rows_2_offset, thread_bytes;
 };
 
 DepthwisePlan depthwise_plan(const DepthwiseConv2dParams& params, const DepthwiseMachine& machine,

@@ -274,12 +274,7 @@ def bad_arguments() -> list[Any]:
         ("weight", f(6, 3, 3), ValueError, r"weight of shape \(K, 1, R, S\).*\(6, 3, 3\)"),
         ("weight", f(8, 1, 3, 3), ValueError, r"multiple of the 6 channels .*K = 8"),
         ("weight", f(3, 1, 3, 3), ValueError, r"multiple of the 6 channels .*K = 3"),
-        (
-            "weight",
-            f(6, 1, 3, 3).double(),
-            TypeError,
-            r"weight of the dtype of x, torch.float32, got torch.float64",
-        ),
+        ("weight", f(6, 1, 3, 3).double(), TypeError, r"weight of the dtype.*got torch.float64"),
         ("weight", f(6, 1, 3, 3, device="meta"), ValueError, r"weight.*cpu, got meta"),
         ("weight", None, TypeError, r"weight a Tensor, got NoneType"),
         ("x", f(2, 5, 9, 8), ValueError, r"multiple of the 5 channels .*K = 6"),
