@@ -55,13 +55,13 @@ void plan_nhwc(const DepthwiseConv2dParams& params, const DepthwiseMachine& mach
 // Planes of so few outputs are transposed; 3x3 960 @7: 48 us in place, transposed 17 (AVX-512).
 constexpr int64_t kSmallOutputs = 64, kSmallColumns = 8, kSmallInputs = 256;
 
+// Whatever the number of threads: the order of summation is another one than that of plan_nchw.
 bool plan_small(const DepthwiseConv2dParams& params, const DepthwiseMachine& machine,
-                int64_t threads, DepthwisePlan& plan) {
+                DepthwisePlan& plan) {
   const ConvShape& s = params.shape;
   const int64_t blocks = s.n * ceil_div(s.k, machine.lanes);
   if (s.k != s.c || params.dtype != DType::kFloat32 || s.q > kSmallColumns ||
-      s.p * s.q > kSmallOutputs || s.h * s.w > kSmallInputs ||
-      (threads > 1 && blocks < 2 * threads)) {
+      s.p * s.q > kSmallOutputs || s.h * s.w > kSmallInputs) {
     return false;
   }
   plan.transposed = true;
@@ -108,7 +108,7 @@ DepthwisePlan depthwise_plan(const DepthwiseConv2dParams& params, const Depthwis
   plan.prefetch = elements * bytes_of(params.dtype) >= kPrefetchBytes;
   if (params.layout == Layout::kNHWC) {
     plan_nhwc(params, machine, threads, plan);
-  } else if (!plan_small(params, machine, threads, plan)) {
+  } else if (!plan_small(params, machine, plan)) {
     plan_nchw(params, machine, threads, plan);
   }
   plan.thread_bytes = ceil_div(plan.thread_bytes, 64) * 64;

@@ -97,6 +97,11 @@ SPARSECNN_INLINE Taps taps_inside(int64_t position, int64_t dilation, int64_t fi
   return t;
 }
 
+// Whether filters of 3, 5 and 7 get bodies of their own: in doubles and without wide vectors they
+// gain little, and each takes seconds to compile.
+template <class V>
+constexpr bool kFixedFilters = sizeof(typename V::T) == 4 && V::L > 4;
+
 // A number of the tile as a type, to choose a template by.
 template <int Tile>
 struct TileOf {

@@ -155,13 +155,12 @@ using NchwFunction = void (*)(const NchwTile<typename V::T>&, const TileFinish<V
 // The function for a filter of `height` rows at a stride; null where there is none.
 template <class V, class S, bool Pair, int Tile>
 NchwFunction<V, S> nchw_fixed_of_tile(int64_t height, int64_t stride) {
-  if constexpr (sizeof(typename V::T) == 4) {
+  if constexpr (kFixedFilters<V>) {
     if (height == 3 && stride == 1) return nchw_fixed<V, S, 3, 1, Tile, Pair>;
     if (height == 3 && stride == 2) return nchw_fixed<V, S, 3, 2, Tile, Pair>;
     if (height == 5 && stride == 1) return nchw_fixed<V, S, 5, 1, Tile, Pair>;
     if (height == 5 && stride == 2) return nchw_fixed<V, S, 5, 2, Tile, Pair>;
     if (height == 7 && stride == 1) return nchw_fixed<V, S, 7, 1, Tile, Pair>;
-    if (height == 7 && stride == 2) return nchw_fixed<V, S, 7, 2, Tile, Pair>;
   }
   return nullptr;
 }
@@ -230,9 +229,10 @@ class DepthwiseNchw {
     t.stride_h = s_.stride_h, t.stride_w = s_.stride_w, t.dil_h = s_.dil_h, t.dil_w = s_.dil_w;
     t.y_pitch = s_.q;
     // A fixed filter moves on by equal strides, and horizontally thinned rows have no dilation.
-    const bool fixed = sizeof(T) == 4 && (s_.r == 3 || s_.r == 5 || s_.r == 7) && s_.dil_h == 1 &&
-                       s_.stride_h == s_.stride_w &&
-                       (s_.stride_h == 1 || (s_.stride_h == 2 && s_.dil_w == 1));
+    const bool known = s_.stride_h == 1 ? s_.r == 3 || s_.r == 5 || s_.r == 7
+                                        : s_.stride_h == 2 && s_.dil_w == 1 && s_.r < 7 && s_.r % 2;
+    const bool fixed =
+        kFixedFilters<V> && known && s_.r > 1 && s_.dil_h == 1 && s_.stride_h == s_.stride_w;
     const auto full = find_nchw<V, S, false, MaxTile>(plan_.full_tile, s_.r, s_.stride_w, fixed);
     const auto pair = find_nchw<V, S, true, MaxTile>(plan_.pair_tile, s_.r, s_.stride_w, fixed);
     const int64_t rest = s_.q % L;
