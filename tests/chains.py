@@ -18,7 +18,7 @@ from tests import reference, tolerance
 from tests.cases import LANE_BOUNDARIES, LAYOUTS, lay_out, memory_format
 
 # How a weight lies in memory; the first is the order the kernel reads in place.
-WEIGHT_ORDERS = ("innermost", "contiguous", "channels_last", "transposed", "strided")
+WEIGHT_ORDERS = ("innermost", "contiguous", "channels_last", "swapped", "transposed", "strided")
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,8 @@ def in_order(weight: Tensor, order: str) -> Tensor:
         return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     if order == "channels_last":
         return weight.contiguous(memory_format=torch.channels_last)
+    if order == "swapped":  # output channels innermost, but filter columns before filter rows
+        return weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     if order == "transposed":
         return weight.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2)
     if order == "strided":
@@ -316,6 +318,7 @@ def order_cases() -> Iterator[ChainCase]:
         yield ChainCase(stages[2:], c=19, h=6, w=7)
         yield ChainCase((Stage(16, kernel=(3, 3), order=order),), c=1, h=6, w=7)
         yield ChainCase((Stage(64, kernel=(1, 1), order=order),), c=16, h=3, w=4)
+        yield ChainCase((Stage(32, kernel=(3, 2), order=order),), c=5, h=6, w=7)
     for activation in reference.ACTIVATIONS:
         for bias in (False, True):
             first = Stage(18, (3, 3), bias=bias, activation=activation)
@@ -341,6 +344,8 @@ def network_cases() -> Iterator[ChainCase]:
     tall, wide = Stage(None, (3, 1)), Stage(None, (1, 3))
     yield ChainCase((Stage(40), tall, wide, Stage(32)), n=1, c=32, h=28, w=28)
     yield ChainCase((Stage(24, (3, 3), activation="relu"), Stage(32)), n=1, c=24, h=20, w=20)
+    # A pointwise stage whose input ring wraps in the middle of a run of rows.
+    yield ChainCase((Stage(48), Stage(48), DW, Stage(4)), n=1, c=4, h=40, w=60)
     # Rings a few rows high: more than half a megabyte in a row of pixels or two.
     yield ChainCase((Stage(300), DW, Stage(2)), n=1, c=1, h=6, w=300)
 
@@ -384,7 +389,7 @@ def _attempt(rng: random.Random, seed: int) -> ChainCase:
                 dilation=(1, 1) if rng.random() < 0.8 else (rng.randint(1, 3), rng.randint(1, 3)),
                 bias=rng.random() < 0.6,
                 activation=rng.choice(reference.ACTIVATIONS),
-                order=rng.choices(WEIGHT_ORDERS, (6, 3, 1, 1, 1))[0],
+                order=rng.choices(WEIGHT_ORDERS, (6, 3, 1, 1, 1, 1))[0],
             )
         )
     side = rng.choice((5, 9, 20, 40))

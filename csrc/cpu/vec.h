@@ -15,6 +15,8 @@
 //   of L/2 bits) and transpose_pairs(reg (&)[L/2]), which transposes both L/2 x L/2 halves;
 //   even(a, b) / odd(a, b): lanes 0, 2, 4, .. (1, 3, 5, ..) of a, then those of b;
 //   permute(a, int32 index[L]): lane i is lane index[i] of a.
+// Where kHalves, half registers are a type of their own, at twice the rate: half, load_half,
+// fmadd_half, lower (of a reg), widen (to a reg, zeros above).
 #pragma once
 #include "cpu/vec_portable.h"
 
@@ -93,6 +95,14 @@ struct VecFloat {
   static SPARSECNN_INLINE void store(float* p, reg v) { _mm512_store_ps(p, v); }
   static SPARSECNN_INLINE reg load_any(const float* p) { return _mm512_loadu_ps(p); }
   static SPARSECNN_INLINE void store_any(float* p, reg v) { _mm512_storeu_ps(p, v); }
+  static constexpr bool kHalves = true;
+  using half = __m256;
+  static SPARSECNN_INLINE half load_half(const float* p) { return _mm256_loadu_ps(p); }
+  static SPARSECNN_INLINE half fmadd_half(half a, half b, half c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
+  static SPARSECNN_INLINE half lower(reg v) { return _mm512_castps512_ps256(v); }
+  static SPARSECNN_INLINE reg widen(half v) { return _mm512_zextps256_ps512(v); }
   static SPARSECNN_INLINE reg fmadd(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static SPARSECNN_INLINE reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static SPARSECNN_INLINE reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
@@ -213,6 +223,7 @@ struct VecFloat {
   static SPARSECNN_INLINE void store(float* p, reg v) { _mm256_store_ps(p, v); }
   static SPARSECNN_INLINE reg load_any(const float* p) { return _mm256_loadu_ps(p); }
   static SPARSECNN_INLINE void store_any(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static constexpr bool kHalves = false;
   static SPARSECNN_INLINE reg fmadd(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static SPARSECNN_INLINE reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static SPARSECNN_INLINE reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }

@@ -60,6 +60,7 @@ template <class Acc, int Lanes>
 struct VecPortable {
   using T = Acc;
   static constexpr int L = Lanes;
+  static constexpr bool kHalves = false;
   typedef Acc reg __attribute__((vector_size(sizeof(Acc) * Lanes)));
 
   static SPARSECNN_INLINE reg set1(T v) {

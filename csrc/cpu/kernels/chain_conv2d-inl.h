@@ -323,7 +323,7 @@ class Chain {
         }
         run.taps.rows = taps + (p - rows.lo) * s.r;
         run.out = output_rows<O>(i, target, p, k);
-        dense_run<V, O, MaxM>(run, count * s.q, two);
+        dense_run<V, O, MaxM>(run, count * s.q, dense_tiles<V, O, MaxM>(filters));
         p += count;
       }
     }

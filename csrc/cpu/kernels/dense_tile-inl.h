@@ -52,13 +52,10 @@ struct PixelBases {
   }
 };
 
-// acc += pixels x weights over all taps, `first` bytes into the run.
-template <class V, int M, int N>
-SPARSECNN_INLINE void dense_accumulate(typename V::reg (&acc)[M][N],
-                                       const DenseTaps<typename V::T>& taps, ptrdiff_t first,
-                                       const typename V::T* weight) {
-  using T = typename V::T;
-  using reg = typename V::reg;
+// Calls step(pixels, weights) for every row of weights, in order, `first` bytes into the run.
+template <class T, int M, class Step>
+SPARSECNN_INLINE void for_channels(const DenseTaps<T>& taps, ptrdiff_t first, const T* weight,
+                                   Step&& step) {
   const ptrdiff_t pixel = taps.pixel, pitch = taps.weight_pitch;
   const int64_t channels = taps.c;
   for (int64_t r = 0; r < taps.r; ++r) {
@@ -70,15 +67,7 @@ SPARSECNN_INLINE void dense_accumulate(typename V::reg (&acc)[M][N],
     for (int64_t s = 0; s < taps.s; ++s) {
       PixelBases<M> x(row + first + s * taps.tap, pixel);
       for (int64_t c = 0; c < channels; ++c) {
-        reg w[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) w[n] = V::load_any(weight + n * V::L);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const reg v = V::set1(*x.template at<T>(m, pixel));
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) acc[m][n] = V::fmadd(v, w[n], acc[m][n]);
-        }
+        step(x, weight);
         x.advance(sizeof(T));
         weight += pitch;
       }
@@ -180,38 +169,102 @@ struct DenseRun {
 };
 
 template <class V, class S, int M, int N>
-void dense_tile(const DenseRun<V, S>& run, TilePosition from) {
-  typename V::reg acc[M][N];
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const typename V::reg b = V::load(run.bias + n * V::L);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m][n] = b;
-  }
-  const S* const y = run.out.y + from.row + from.q * run.out.pixel;
+SPARSECNN_INLINE void prefetch_outputs(const OutputRows<S>& out, TilePosition from) {
+  const S* const y = out.y + from.row + from.q * out.pixel;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) __builtin_prefetch(y + m * run.out.pixel + n * V::L, 1);
+    for (int n = 0; n < N; ++n) __builtin_prefetch(y + m * out.pixel + n * V::L, 1);
   }
-  dense_accumulate<V, M, N>(acc, run.taps, from.input, run.weight);
+}
+
+template <class V, class S, int M, int N>
+void dense_tile(const DenseRun<V, S>& run, TilePosition from) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  reg acc[M][N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const reg b = V::load(run.bias + n * V::L);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m][n] = b;
+  }
+  prefetch_outputs<V, S, M, N>(run.out, from);
+  const ptrdiff_t pixel = run.taps.pixel;
+  for_channels<T, M>(run.taps, from.input, run.weight,
+                     [&](const PixelBases<M>& x, const T* weight) __attribute__((always_inline)) {
+                       reg w[N];
+#pragma GCC unroll 4
+                       for (int n = 0; n < N; ++n) w[n] = V::load_any(weight + n * V::L);
+#pragma GCC unroll 16
+                       for (int m = 0; m < M; ++m) {
+                         const reg v = V::set1(*x.template at<T>(m, pixel));
+#pragma GCC unroll 4
+                         for (int n = 0; n < N; ++n) acc[m][n] = V::fmadd(v, w[n], acc[m][n]);
+                       }
+                     });
+  store_tile<V, S, M, N>(acc, run.out, from, run.last_mask);
+}
+
+// The same where no more than half of the last vector's channels exist: that half is computed in
+// half registers, of which a cycle takes two.
+template <class V, class S, int M, int N>
+void dense_tile_half(const DenseRun<V, S>& run, TilePosition from) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  using half = typename V::half;
+  constexpr int kFull = N - 1;
+  reg acc[M][N];  // the last one only in the end
+  half tail[M];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const reg b = V::load(run.bias + n * V::L);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      if (n < kFull) {
+        acc[m][n] = b;
+      } else {
+        tail[m] = V::lower(b);
+      }
+    }
+  }
+  prefetch_outputs<V, S, M, N>(run.out, from);
+  const ptrdiff_t pixel = run.taps.pixel;
+  for_channels<T, M>(run.taps, from.input, run.weight,
+                     [&](const PixelBases<M>& x, const T* weight) __attribute__((always_inline)) {
+                       reg w[N];
+#pragma GCC unroll 4
+                       for (int n = 0; n < kFull; ++n) w[n] = V::load_any(weight + n * V::L);
+                       const half last = V::load_half(weight + kFull * V::L);
+#pragma GCC unroll 16
+                       for (int m = 0; m < M; ++m) {
+                         const reg v = V::set1(*x.template at<T>(m, pixel));
+#pragma GCC unroll 4
+                         for (int n = 0; n < kFull; ++n) acc[m][n] = V::fmadd(v, w[n], acc[m][n]);
+                         tail[m] = V::fmadd_half(V::lower(v), last, tail[m]);
+                       }
+                     });
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) acc[m][kFull] = V::widen(tail[m]);
   store_tile<V, S, M, N>(acc, run.out, from, run.last_mask);
 }
 
 template <class V, class S>
 using DenseTileKernel = void (*)(const DenseRun<V, S>&, TilePosition);
 
-template <class V, class S, int MaxM, int M, int N>
+template <class V, class S, int MaxM, int M, int N, bool Half>
 constexpr DenseTileKernel<V, S> dense_tile_kernel() {
-  if constexpr (M <= MaxM) {
-    return &dense_tile<V, S, M, N>;
-  } else {
+  if constexpr (M > MaxM || (Half && !V::kHalves)) {
     return nullptr;
+  } else if constexpr (Half) {
+    return &dense_tile_half<V, S, M, N>;
+  } else {
+    return &dense_tile<V, S, M, N>;
   }
 }
 
-#define SPARSECNN_CELL(M) dense_tile_kernel<V, S, MaxM, M, N>()
-template <class V, class S, int MaxM, int N>
+#define SPARSECNN_CELL(M) dense_tile_kernel<V, S, MaxM, M, N, Half>()
+template <class V, class S, int MaxM, int N, bool Half>
 struct DenseTiles {
   static_assert(MaxM <= 14, "the table is that long");
   static constexpr DenseTileKernel<V, S> table[15] = {nullptr,
@@ -231,6 +284,16 @@ struct DenseTiles {
                                                       SPARSECNN_CELL(14)};
 };
 #undef SPARSECNN_CELL
+
+// The tiles for `filters` output channels, at most two vectors.
+template <class V, class S, int MaxM>
+SPARSECNN_INLINE const DenseTileKernel<V, S>* dense_tiles(int64_t filters) {
+  const bool half = V::kHalves && (filters - 1) % V::L < V::L / 2;
+  if (filters > V::L) {
+    return half ? DenseTiles<V, S, MaxM, 2, true>::table : DenseTiles<V, S, MaxM, 2, false>::table;
+  }
+  return half ? DenseTiles<V, S, MaxM, 1, true>::table : DenseTiles<V, S, MaxM, 1, false>::table;
+}
 
 // All pixels of a run, in tiles of at most MaxM and of nearly equal size: tile(m, position).
 template <int MaxM, class S, class Tile>
@@ -252,12 +315,11 @@ SPARSECNN_INLINE void for_tiles(int64_t pixels, ptrdiff_t pixel, const OutputRow
 }
 
 template <class V, class S, int MaxM>
-SPARSECNN_INLINE void dense_run(const DenseRun<V, S>& run, int64_t pixels, bool two_vectors) {
-  const DenseTileKernel<V, S>* const table =
-      two_vectors ? DenseTiles<V, S, MaxM, 2>::table : DenseTiles<V, S, MaxM, 1>::table;
+SPARSECNN_INLINE void dense_run(const DenseRun<V, S>& run, int64_t pixels,
+                                const DenseTileKernel<V, S>* tiles) {
   for_tiles<MaxM>(pixels, run.taps.pixel, run.out,
                   [&](int64_t m, TilePosition at)
-                      __attribute__((always_inline)) { table[m](run, at); });
+                      __attribute__((always_inline)) { tiles[m](run, at); });
 }
 
 }  // namespace SPARSECNN_ISA
