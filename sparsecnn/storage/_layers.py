@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn import SPARSE_LAYERS, ChainConv2d, FusedConv2d, ResidualBlock
+from sparsecnn.nn import (
+    SPARSE_LAYERS,
+    ChainConv2d,
+    DepthwiseConv2d,
+    FusedConv2d,
+    PointwiseConv2d,
+    ResidualBlock,
+)
 from sparsecnn.nn._common import check_activation
 from sparsecnn.nn.chain import ChainStageWeights
 
@@ -41,6 +48,8 @@ LAYERS: dict[str, type[nn.Module]] = {
     **{cls.__name__: cls for cls in _TORCH_LAYERS},
     "FusedConv2d": FusedConv2d,
     "ChainStageWeights": ChainStageWeights,
+    "DepthwiseConv2d": DepthwiseConv2d,
+    "PointwiseConv2d": PointwiseConv2d,
     **SPARSE_LAYERS,
 }
 ALLOWED: dict[str, type[nn.Module]] = {**CONTAINERS, **LAYERS}
@@ -209,7 +218,8 @@ _CONV_GEOMETRY = (
 )  # fmt: skip
 _LINEAR_GEOMETRY = ("in_features", "out_features")
 _CONTAINER_TYPES = tuple(CONTAINERS.values())
-_CONVS = {"Conv2d", "FusedConv2d", "CSRConv2d"}
+_CONV_TYPES = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d, SPARSE_LAYERS["CSRConv2d"])
+_CONVS = {"Conv2d", "FusedConv2d", "CSRConv2d", "DepthwiseConv2d", "PointwiseConv2d"}
 _LINEARS = {"Linear", "CSRLinear"}
 
 
@@ -225,7 +235,7 @@ def replacement_obstacle(
     place of its first convolution and ``Identity`` that of the others; a block that of any module
     with layers inside.
     """
-    is_conv = isinstance(old, (nn.Conv2d, SPARSE_LAYERS["CSRConv2d"]))
+    is_conv = isinstance(old, _CONV_TYPES)
     is_linear = isinstance(old, (nn.Linear, SPARSE_LAYERS["CSRLinear"]))
     is_norm = isinstance(old, nn.modules.batchnorm._BatchNorm)
     geometry: tuple[str, ...] = ()

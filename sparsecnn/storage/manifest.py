@@ -152,6 +152,11 @@ def describe(model: nn.Module) -> tuple[ModuleRecord, ...]:
                     f"save: expected {name} at {path} with its own attributes and forward, "
                     "got a modified one"
                 )
+            if getattr(type(module), "is_sparsecnn_layer", False):
+                raise ValueError(
+                    f"save: expected layers that files can hold, got {type(module).__name__} at "
+                    f"{path or 'the root'}; sparsecnn.densify turns it into a dense layer"
+                )
             name, args = "custom", {}
         records.append(
             ModuleRecord(

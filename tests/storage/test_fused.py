@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn import load, save
-from sparsecnn.nn import ChainConv2d, CSRConv2d, FusedConv2d, ResidualBlock, apply_layout_
+from sparsecnn.nn import (
+    ChainConv2d,
+    CSRConv2d,
+    DepthwiseConv2d,
+    FusedConv2d,
+    PatternConv2d,
+    PointwiseConv2d,
+    ResidualBlock,
+    apply_layout_,
+)
 from sparsecnn.nn.layout import convert_input_, input_layouts
 
 
@@ -86,6 +95,30 @@ def test_an_identity_takes_a_convolution_away_only_beside_a_chain(tmp_path: Path
     save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="the file has Identity, the model Conv2d"):
         load(tmp_path / "m.safetensors", net())
+
+
+@pytest.mark.parametrize("into", [None, net], ids=["alone", "into"])
+def test_dense_kernels_with_their_activations(into: object, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1))
+    path = tmp_path / "m.safetensors"
+    fast = nn.Sequential(
+        model[0],
+        DepthwiseConv2d.from_dense(model[1], activation="relu6"),
+        PointwiseConv2d.from_dense(model[2], activation="silu"),
+    ).eval()
+    save(fast, path)
+    back = load(path, None if into is None else model)
+    assert [type(m) for m in back] == [nn.Conv2d, DepthwiseConv2d, PointwiseConv2d]
+    assert back[2].weight.stride() == fast[2].weight.stride()
+    same(fast, back)
+
+
+def test_a_layer_that_no_file_holds_is_refused(tmp_path: Path) -> None:
+    # Loaded as the dense layer that it replaced it would lose its activation.
+    model = nn.Sequential(PatternConv2d.from_dense(nn.Conv2d(3, 4, 3), activation="relu"))
+    with pytest.raises(ValueError, match=r"save: expected .*PatternConv2d at 0; sparsecnn.densify"):
+        save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_layouts_of_modules_come_back(tmp_path: Path) -> None:

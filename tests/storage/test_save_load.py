@@ -222,6 +222,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     **{f"ZeroPad{d}d": (2,) for d in (1, 2)},
     "ChainStageWeights": (nn.Conv2d(4, 6, 3, (2, 1), 1, groups=2), "relu"),
     "ResidualBlock": ([nn.Conv2d(4, 4, 1), FusedConv2d(4, 4, 1)], [nn.Conv2d(4, 4, 1)]),
+    "DepthwiseConv2d": (4, 8, (3, 5), 2, 1, 1, 4),
+    "PointwiseConv2d": (4, 6, 1, 2),
     "CSRConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
     "CSRLinear": (5, 6),
     "ChannelShuffle": (2,),
