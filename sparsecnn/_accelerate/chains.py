@@ -22,6 +22,7 @@ from .survey import Site
 # from it, or what the run multiplies is small.
 FORMS = re.compile("DP|KDP|KD|PD|PDP|PDDP|VV|PVVP|PKP|KP")
 LONGEST = 4
+_DTYPES = (torch.float32, torch.bfloat16)
 CHAIN_BUDGET_S = 1.5
 
 
@@ -62,6 +63,8 @@ def form_of(sites: Sequence[Site]) -> str:
     for site in sites:
         conv = None if site.layer is None else site.layer.module
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+            text += "?"
+        elif conv.weight.device.type != "cpu" or conv.weight.dtype not in _DTYPES:
             text += "?"
         elif conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
             text += "D"

@@ -6,8 +6,11 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,7 +216,7 @@ def test_scratch_of_few_channels(layer: ConvCase, dtype: torch.dtype, isa: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_copy_of_a_weight(dtype: torch.dtype, isa: str) -> None:
+def check_the_copy_of_a_weight(dtype: torch.dtype, isa: str) -> None:
     """At most 16 bytes per entry and small tables, however often and with whatever it is called.
 
     Nothing is kept of contents that were seen once, which is what training shows.
@@ -236,3 +239,13 @@ def test_the_copy_of_a_weight(dtype: torch.dtype, isa: str) -> None:
     assert kept <= 16 * fresh.nnz + tables
     if dtype != torch.float64:
         assert kept <= 8 * fresh.nnz + tables
+
+
+def test_copies_in_a_fresh_process() -> None:
+    """Behind other tests the cache of programs may be full: a new copy then replaces old ones."""
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", root, "-v"]
+    command += ["-o", "python_functions=check_*", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stdout
+    assert "collected 9 items" in done.stdout, done.stdout
