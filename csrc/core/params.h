@@ -51,6 +51,17 @@ struct DepthwiseConv2dParams : ConvParams {
   const void* weight;
 };
 
+// W of a 3x3 convolution of stride 1 in the Winograd domain (core/winograd_tiles.h): filters in
+// blocks of kWinogradBlock, the blocks of a convolution group after those of the one before. Dense:
+// values (blocks, taps, C/G, kWinogradBlock). Sparse: CSR over the rows (block, tap, filter of the
+// block) and the C/G columns. Products are accumulated by ascending channels.
+struct WinogradConv2dParams : ConvParams {
+  int32_t tile;            // m: outputs along an edge of a tile, 2 or 4
+  const void* values;      // dense, or (nnz)
+  const int32_t* col_idx;  // (nnz), channels of the group
+  const int32_t* row_ptr;  // (blocks * taps * kWinogradBlock + 1); null: dense
+};
+
 // grad_values[i] = sum over n, p, q of grad_y[n, k, p, q] * x[n, c, p*stride + r*dil - pad, ...]
 // for the i-th stored position (k, c, r, s): a sampled product, dense only in the activations.
 struct CsrConv2dGradValuesParams {

@@ -16,6 +16,7 @@ namespace sparsecnn {
   extern const cpu::DepthwiseKernels depthwise_kernels; \
   extern const cpu::PatternKernels pattern_kernels;     \
   extern const cpu::PointwiseKernels pointwise_kernels; \
+  extern const cpu::WinogradKernels winograd_kernels;   \
   }
 #define SPARSECNN_TABLE(isa, name) \
   {name,                           \
@@ -23,7 +24,8 @@ namespace sparsecnn {
    isa::chain_kernels,             \
    isa::depthwise_kernels,         \
    isa::pattern_kernels,           \
-   isa::pointwise_kernels}
+   isa::pointwise_kernels,         \
+   isa::winograd_kernels}
 
 SPARSECNN_UNITS(isa_scalar)
 #if defined(__x86_64__)

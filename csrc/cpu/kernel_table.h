@@ -9,6 +9,7 @@
 #include "cpu/depthwise_plan.h"
 #include "cpu/pattern_plan.h"
 #include "cpu/pointwise_plan.h"
+#include "cpu/winograd_plan.h"
 
 namespace sparsecnn::cpu {
 
@@ -54,6 +55,17 @@ struct PatternKernels {
   HashFunction content_hash;
 };
 
+struct WinogradKernels {
+  WinogradMachine of_float;   // float32 and bfloat16 storage
+  WinogradMachine of_double;  // float64 storage
+  // Items [begin, end) of the plan; `scratch` is this thread's plan.thread_bytes, 64-byte aligned.
+  void (*conv2d)(const WinogradConv2dParams&, const WinogradPlan&, int64_t begin, int64_t end,
+                 void* scratch);
+  // Whether row_ptr ascends from 0 to nnz and every column is within [0, columns).
+  bool (*is_sound)(const int32_t* col_idx, int64_t nnz, const int32_t* row_ptr, int64_t rows,
+                   int32_t columns);
+};
+
 // One member per kernel unit, which defines it in the namespace of the instruction set.
 struct KernelTable {
   const char* isa;
@@ -62,6 +74,7 @@ struct KernelTable {
   const DepthwiseKernels& depthwise;
   const PatternKernels& pattern;
   const PointwiseKernels& pointwise;
+  const WinogradKernels& winograd;
 };
 
 // The table in force: the best set that processor and operating system support, unless

@@ -14,6 +14,7 @@
 //   load_pair<S> / store_pair<S> (the lower L/2 lanes at one address, the upper at another, masks
 //   of L/2 bits) and transpose_pairs(reg (&)[L/2]), which transposes both L/2 x L/2 halves;
 //   even(a, b) / odd(a, b): lanes 0, 2, 4, .. (1, 3, 5, ..) of a, then those of b;
+//   zip_low(a, b) / zip_high(a, b): the lower (upper) halves of a and b, lane by lane in turn;
 //   permute(a, int32 index[L]): lane i is lane index[i] of a.
 // Where kHalves, half registers are a type of their own, at twice the rate: half, load_half,
 // fmadd_half, lower (of a reg), widen (to a reg, zeros above).
@@ -167,6 +168,15 @@ struct VecFloat {
         _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return _mm512_permutex2var_ps(a, lanes, b);
   }
+  static SPARSECNN_INLINE reg zip_low(reg a, reg b) {
+    const __m512i lanes = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
+  static SPARSECNN_INLINE reg zip_high(reg a, reg b) {
+    const __m512i lanes =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
   static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
     return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a);
   }
@@ -315,6 +325,12 @@ struct VecFloat {
   static SPARSECNN_INLINE reg odd(reg a, reg b) {
     const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8));
+  }
+  static SPARSECNN_INLINE reg zip_low(reg a, reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static SPARSECNN_INLINE reg zip_high(reg a, reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
   }
   static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
     const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));

@@ -122,6 +122,8 @@ struct VecPortable {
   }
   static SPARSECNN_INLINE reg even(reg a, reg b) { return alternate(a, b, 0); }
   static SPARSECNN_INLINE reg odd(reg a, reg b) { return alternate(a, b, 1); }
+  static SPARSECNN_INLINE reg zip_low(reg a, reg b) { return zip(a, b, 0); }
+  static SPARSECNN_INLINE reg zip_high(reg a, reg b) { return zip(a, b, L / 2); }
   static SPARSECNN_INLINE reg permute(reg a, const int32_t* index) {
     reg r;
     for (int i = 0; i < L; ++i) r[i] = a[index[i]];
@@ -139,6 +141,14 @@ struct VecPortable {
     for (int i = 0; i < L / 2; ++i) {
       r[i] = a[2 * i + first];
       r[L / 2 + i] = b[2 * i + first];
+    }
+    return r;
+  }
+  static SPARSECNN_INLINE reg zip(reg a, reg b, int first) {
+    reg r;
+    for (int i = 0; i < L / 2; ++i) {
+      r[2 * i] = a[first + i];
+      r[2 * i + 1] = b[first + i];
     }
     return r;
   }

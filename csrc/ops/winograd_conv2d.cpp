@@ -1,0 +1,98 @@
+// winograd_conv2d: schema, checks, allocation.
+#include <algorithm>
+
+#include "core/winograd_tiles.h"
+#include "cpu/kernel_table.h"
+#include "ops/conv.h"
+
+namespace sparsecnn::ops {
+namespace {
+
+constexpr const char* kOp = "winograd_conv2d";
+
+// An index array of a sparse weight; keeps it alive.
+Tensor indices(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Int, kOp, ": expected ", name,
+                  " a 1-d int32 tensor");
+  STD_TORCH_CHECK(t.device() == x.device(), kOp, ": expected ", name, " on the device of x");
+  return as_contiguous(t);
+}
+
+Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<Tensor> col_idx,
+                           std::optional<Tensor> row_ptr, std::optional<Tensor> bias,
+                           std::optional<Tensor> residual, int64_t filters, int64_t tile,
+                           Ints padding, int64_t groups, Name activation) {
+  STD_TORCH_CHECK(tile == 2 || tile == 4, kOp, ": expected tile 2 or 4, got ", tile);
+  STD_TORCH_CHECK(filters >= 0, kOp, ": expected filters >= 0, got ", filters);
+  const ConvShape s = conv_shape(kOp, x, filters, {{3, 3}, {1, 1}, padding, {1, 1}, groups});
+  check_same(values, x, kOp, "values");
+  STD_TORCH_CHECK(col_idx.has_value() == row_ptr.has_value(), kOp,
+                  ": expected col_idx and row_ptr both or neither");
+  const int64_t taps = winograd_taps(static_cast<int32_t>(tile));
+  const int64_t blocks = s.groups * winograd_blocks(s.filters_per_group());
+  const int64_t channels = s.channels_per_group(), rows = blocks * taps * kWinogradBlock;
+  STD_TORCH_CHECK(channels < INT32_MAX && rows < INT32_MAX && values.numel() < INT32_MAX, kOp,
+                  ": expected fewer than 2^31 channels, rows and values");
+  const Tensor stored = as_contiguous(values);
+  std::optional<Tensor> cols, ends;
+  if (col_idx) {
+    cols = indices(*col_idx, x, "col_idx");
+    ends = indices(*row_ptr, x, "row_ptr");
+    STD_TORCH_CHECK(values.dim() == 1 && cols->numel() == values.numel(), kOp,
+                    ": expected values and col_idx 1-d and of one length, got ", values.numel(),
+                    " and ", cols->numel());
+    STD_TORCH_CHECK(ends->numel() == rows + 1, kOp, ": expected row_ptr of length ", rows + 1,
+                    ", got ", ends->numel());
+  } else {
+    STD_TORCH_CHECK(values.dim() == 4 && values.size(0) == blocks && values.size(1) == taps &&
+                        values.size(2) == channels && values.size(3) == kWinogradBlock,
+                    kOp, ": expected values of shape (", blocks, ", ", taps, ", ", channels, ", ",
+                    kWinogradBlock, ")");
+  }
+  WinogradConv2dParams params{};
+  const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
+  params.tile = static_cast<int32_t>(tile);
+  params.values = stored.const_data_ptr();
+  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
+                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  const cpu::WinogradKernels& table = cpu::kernels().winograd;
+  if (cols) {
+    params.col_idx = static_cast<const int32_t*>(cols->const_data_ptr());
+    params.row_ptr = static_cast<const int32_t*>(ends->const_data_ptr());
+    STD_TORCH_CHECK(table.is_sound(params.col_idx, cols->numel(), params.row_ptr, rows,
+                                   static_cast<int32_t>(channels)),
+                    kOp,
+                    ": expected a sound weight, got corrupt col_idx or row_ptr; "
+                    "WinogradWeight.validate() says which");
+  }
+  if (tensors.y.numel() == 0) return tensors.y;
+
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const cpu::WinogradPlan plan = cpu::winograd_plan(
+      params, stored.numel(), params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
+      threads);
+  const int64_t workers = std::min(threads, plan.items);
+  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
+                   base + w * plan.thread_bytes);
+    }
+  });
+  return tensors.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
+  m.def(
+      "winograd_conv2d(Tensor x, Tensor values, Tensor? col_idx, Tensor? row_ptr, Tensor? bias, "
+      "Tensor? residual, int filters, int tile, int[] padding, int groups, str activation) -> "
+      "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
+  m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d_cpu));
+}
+
+}  // namespace sparsecnn::ops
