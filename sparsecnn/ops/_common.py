@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecnn.formats._packed import PackedWeight
 from sparsecnn.ops._check import Geometry, conv_geometry, out_extent
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -48,8 +49,9 @@ def autocast(x: Tensor, *others: Any) -> list[Any]:
             return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
         if isinstance(t, list):
             return [cast(item) for item in t]
-        packed = isinstance(getattr(t, "values", None), Tensor)
-        return replace(t, values=cast(t.values)) if packed else t
+        if isinstance(t, PackedWeight):
+            return replace(t, values=cast(t.values))  # type: ignore[type-var]
+        return t
 
     return [cast(t) for t in (x, *others)]
 
