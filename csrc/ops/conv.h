@@ -1,5 +1,6 @@
-// What the glue of every convolution does: geometry, the tensors all of them have, scratch.
+// What the glue of all convolutions does: geometry, their common tensors, threads and scratch.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 
 #include "ops/check.h"
@@ -108,6 +109,28 @@ inline char* thread_scratch(const char* op, int64_t bytes) {
     buffer.size = wanted;
   }
   return static_cast<char*>(buffer.data);
+}
+
+// The CPU kernels compute in float32 or float64 and store no float16.
+inline void check_cpu_dtype(const char* op, DType dtype) {
+  STD_TORCH_CHECK(dtype != DType::kFloat16, op,
+                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+}
+
+// The threads a plan is made for and run_items runs it with.
+inline int64_t cpu_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Cuts [0, items) into even shares, at most one a thread, and calls fn(begin, end, scratch) for
+// each, in parallel, with `thread_bytes` of scratch that no other share sees.
+template <class Fn>
+void run_items(const char* op, int64_t threads, int64_t items, int64_t thread_bytes, Fn&& fn) {
+  const int64_t workers = std::min(threads, items);
+  char* const base = thread_scratch(op, workers * thread_bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      fn(items * w / workers, items * (w + 1) / workers, base + w * thread_bytes);
+    }
+  });
 }
 
 }  // namespace sparsecnn::ops

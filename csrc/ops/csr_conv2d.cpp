@@ -66,13 +66,12 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_i
   Call call = prepare(x, values, col_idx, row_ptr, bias, residual,
                       {kernel_size, stride, padding, dilation, groups}, activation);
   const CsrConv2dParams& params = call.params;
-  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
-                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  check_cpu_dtype(kOp, params.dtype);
   check_rows(params.row_ptr, params.shape.k, call.col_idx.numel());
   if (call.tensors.y.numel() == 0) return call.tensors.y;
 
   const cpu::CsrKernels& table = cpu::kernels().csr;
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = cpu_threads();
   const std::shared_ptr<const cpu::CsrProgram> program =
       cpu::csr_program(params, call.col_idx.numel(),
                        params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
@@ -80,16 +79,10 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& col_i
   std::atomic<bool> sound{program != nullptr};
   if (program) {
     const cpu::CsrPlan& plan = program->plan;
-    const int64_t workers = std::min(threads, plan.items);
-    char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-      for (int64_t w = first; w < last; ++w) {
-        if (!table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
-                          base + w * plan.thread_bytes)) {
-          sound = false;
-        }
-      }
-    });
+    run_items(kOp, threads, plan.items, plan.thread_bytes,
+              [&](int64_t begin, int64_t end, char* scratch) {
+                if (!table.conv2d(params, plan, begin, end, scratch)) sound = false;
+              });
   }
   STD_TORCH_CHECK(sound, kOp, ": expected col_idx ascending in each row within [0, ",
                   params.shape.columns(),
@@ -134,8 +127,7 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad_y, const Tensor& x, const T
   GradCall call = prepare_grad(grad_y, x, col_idx, row_ptr,
                                {kernel_size, stride, padding, dilation, groups}, Layout::kNCHW);
   const CsrConv2dGradValuesParams& params = call.params;
-  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
-                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  check_cpu_dtype(kOp, params.dtype);
   const int64_t nnz = call.col_idx.numel(), columns = params.shape.columns();
   check_rows(params.row_ptr, params.shape.k, nnz);
   bool in_range = true;  // here a column is an address

@@ -1,6 +1,4 @@
 // pattern_conv2d: schema, checks, allocation.
-#include <algorithm>
-
 #include "cpu/kernel_table.h"
 #include "cpu/pattern_program.h"
 #include "ops/conv.h"
@@ -50,12 +48,11 @@ Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& c
   params.group_rows = rows_of.data;
   params.group_columns = columns_of.data;
   params.filter_groups = rows_of.tensor.numel() - 1;
-  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
-                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  check_cpu_dtype(kOp, params.dtype);
   if (tensors.y.numel() == 0) return tensors.y;
 
   const cpu::PatternKernels& table = cpu::kernels().pattern;
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = cpu_threads();
   const std::shared_ptr<const cpu::PatternProgram> program =
       cpu::pattern_program(params, stored.numel(), cols.tensor.numel(),
                            params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
@@ -64,14 +61,10 @@ Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& c
                   ": expected a sound weight, got corrupt arrays; PatternWeight.validate() says "
                   "which");
   const cpu::PatternPlan& plan = program->plan;
-  const int64_t workers = std::min(threads, plan.items);
-  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
-                   base + w * plan.thread_bytes);
-    }
-  });
+  run_items(kOp, threads, plan.items, plan.thread_bytes,
+            [&](int64_t begin, int64_t end, char* scratch) {
+              table.conv2d(params, plan, begin, end, scratch);
+            });
   return tensors.y;
 }
 

@@ -1,6 +1,4 @@
 // pointwise_conv2d: schema, checks, allocation.
-#include <algorithm>
-
 #include "cpu/kernel_table.h"
 #include "ops/conv.h"
 
@@ -20,31 +18,25 @@ Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional
   STD_TORCH_CHECK(s.c > 0, kOp, ": expected x with channels, got none");
   PointwiseConv2dParams params{};
   const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
-  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
-                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  check_cpu_dtype(kOp, params.dtype);
   if (tensors.y.numel() == 0) return tensors.y;
   params.weight = weight.const_data_ptr();
   params.weight_stride[0] = weight.strides()[0];
   params.weight_stride[1] = weight.strides()[1];
 
   const cpu::KernelTable& table = cpu::kernels();
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = cpu_threads();
   const cpu::PointwisePlan plan = cpu::plan_pointwise(
       params, params.dtype == DType::kFloat64 ? table.chain.of_double : table.chain.of_float,
       threads);
-  const int64_t workers = std::min(threads, plan.items);
-  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      const int64_t begin = plan.items * w / workers, end = plan.items * (w + 1) / workers;
-      char* const scratch = base + w * plan.thread_bytes;
-      if (plan.planes) {
-        table.pointwise.planes(params, plan, begin, end, scratch);
-      } else {
-        table.chain.conv2d(plan.chain_params, plan.chain, begin, end, scratch);
-      }
-    }
-  });
+  run_items(kOp, threads, plan.items, plan.thread_bytes,
+            [&](int64_t begin, int64_t end, char* scratch) {
+              if (plan.planes) {
+                table.pointwise.planes(params, plan, begin, end, scratch);
+              } else {
+                table.chain.conv2d(plan.chain_params, plan.chain, begin, end, scratch);
+              }
+            });
   return tensors.y;
 }
 

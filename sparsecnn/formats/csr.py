@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsecnn.formats._packed import PackedWeight
+
 
 @dataclass(frozen=True)
-class CSRWeight:
+class CSRWeight(PackedWeight):
     """A convolution weight in CSR.
 
     Attributes:
@@ -45,18 +47,7 @@ class CSRWeight:
             TypeError: ``weight`` is not a floating-point tensor.
             ValueError: ``weight`` is neither 2-d nor 4-d, or too large for 32-bit indices.
         """
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"CSRWeight: expected weight a floating-point tensor, got {got}")
-        if weight.dim() not in (2, 4):
-            raise ValueError(
-                "CSRWeight: expected weight of shape (K, C/G, R, S) or (O, I), "
-                f"got {tuple(weight.shape)}"
-            )
-        if weight.numel() >= 2**31:
-            raise ValueError(
-                f"CSRWeight: expected weight with fewer than 2^31 elements, got {weight.numel()}"
-            )
+        cls._check_dense(weight)
         dense = weight.detach()
         k, c = dense.shape[:2]
         r, s = dense.shape[2:] if dense.dim() == 4 else (1, 1)
@@ -84,22 +75,6 @@ class CSRWeight:
             torch.arange(k, device=self.row_ptr.device), counts, output_size=self.nnz
         )
 
-    @property
-    def nnz(self) -> int:
-        """Number of stored entries."""
-        return self.values.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Stored entries over all entries; 0 for an empty weight."""
-        k, c, r, s = self.shape
-        return self.nnz / (k * c * r * s) if k * c * r * s else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.col_idx, self.row_ptr))
-
     def validate(self) -> CSRWeight:
         """Check every invariant the kernels rely on; returns itself.
 
@@ -108,23 +83,8 @@ class CSRWeight:
         Raises:
             ValueError: names the array that is corrupt and why.
         """
-        if len(self.shape) != 4 or any(not isinstance(n, int) or n < 0 for n in self.shape):
-            raise ValueError(
-                "CSRWeight: expected shape (K, C/G, R, S) of non-negative integers, "
-                f"got {self.shape}"
-            )
+        self._check_arrays("col_idx", "row_ptr")
         k, columns = self.shape[0], self.shape[1] * self.shape[2] * self.shape[3]
-        for name in ("col_idx", "row_ptr"):
-            t = getattr(self, name)
-            if t.dtype != torch.int32 or t.dim() != 1:
-                raise ValueError(
-                    f"CSRWeight: expected {name} a 1-d int32 tensor, got {t.dim()}-d {t.dtype}"
-                )
-        if self.values.dim() != 1 or not self.values.is_floating_point():
-            raise ValueError(
-                "CSRWeight: expected values a 1-d floating-point tensor, "
-                f"got {self.values.dim()}-d {self.values.dtype}"
-            )
         nnz = self.values.shape[0]
         if self.col_idx.shape[0] != nnz:
             raise ValueError(

@@ -36,13 +36,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsecnn.formats._packed import PackedWeight
 from sparsecnn.formats._patterns import find_pattern, pattern_of
 
 _INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
 
 
 @dataclass(frozen=True)
-class PatternWeight:
+class PatternWeight(PackedWeight):
     """A convolution weight as dense blocks of filters and columns.
 
     Attributes:
@@ -90,24 +91,12 @@ class PatternWeight:
             ValueError: a bad shape or number of groups, an unknown pattern, or one that the weight
                 does not have; says what was found instead.
         """
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"PatternWeight: expected weight a floating-point tensor, got {got}")
-        if weight.dim() not in (2, 4):
-            raise ValueError(
-                "PatternWeight: expected weight of shape (K, C/G, R, S) or (O, I), "
-                f"got {tuple(weight.shape)}"
-            )
+        cls._check_dense(weight)
         k, c = weight.shape[:2]
         r, s = weight.shape[2:] if weight.dim() == 4 else (1, 1)
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or k % groups:
             raise ValueError(
                 f"PatternWeight: expected groups a positive divisor of K = {k}, got {groups!r}"
-            )
-        if weight.numel() >= 2**31:
-            raise ValueError(
-                "PatternWeight: expected weight with fewer than 2^31 elements, "
-                f"got {weight.numel()}"
             )
         matrix = weight.detach().reshape(k, c * r * s)
         keep = matrix != 0
@@ -148,26 +137,9 @@ class PatternWeight:
         return zeros.index_put((self.flat_indices(),), self.values).reshape(k, c, r, s)
 
     @property
-    def nnz(self) -> int:
-        """Number of stored values, padding included."""
-        return self.values.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Stored values over all entries; 0 for an empty weight."""
-        k, c, r, s = self.shape
-        return self.nnz / (k * c * r * s) if k * c * r * s else 0.0
-
-    @property
     def padding(self) -> float:
         """Share of the stored values that are zero."""
         return 1 - int(self.values.count_nonzero()) / self.nnz if self.nnz else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the five arrays."""
-        arrays = (self.values, *(getattr(self, name) for name in _INDEX_ARRAYS))
-        return sum(t.numel() * t.element_size() for t in arrays)
 
     def validate(self) -> PatternWeight:
         """Check every invariant the kernels rely on; returns itself.
@@ -177,26 +149,11 @@ class PatternWeight:
         Raises:
             ValueError: names the array that is corrupt and why.
         """
-        if len(self.shape) != 4 or any(not isinstance(n, int) or n < 0 for n in self.shape):
-            raise ValueError(
-                "PatternWeight: expected shape (K, C/G, R, S) of non-negative integers, "
-                f"got {self.shape}"
-            )
+        self._check_arrays(*_INDEX_ARRAYS)
         k, columns = self.shape[0], self.shape[1] * self.shape[2] * self.shape[3]
         if not isinstance(self.groups, int) or self.groups < 1 or k % self.groups:
             raise ValueError(
                 f"PatternWeight: expected groups a positive divisor of K = {k}, got {self.groups!r}"
-            )
-        for name in _INDEX_ARRAYS:
-            t = getattr(self, name)
-            if t.dtype != torch.int32 or t.dim() != 1:
-                raise ValueError(
-                    f"PatternWeight: expected {name} a 1-d int32 tensor, got {t.dim()}-d {t.dtype}"
-                )
-        if self.values.dim() != 1 or not self.values.is_floating_point():
-            raise ValueError(
-                "PatternWeight: expected values a 1-d floating-point tensor, "
-                f"got {self.values.dim()}-d {self.values.dtype}"
             )
         rows, ends = self.group_rows.long(), self.group_columns.long()
         if rows.shape != ends.shape or not len(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod
 from typing_extensions import Self
 
+from sparsecnn.formats.chain import channels_innermost
 from sparsecnn.ops._check import ACTIVATIONS, Geometry, conv_geometry
 
 _HOOKS = (
@@ -185,6 +187,27 @@ class ConvDropIn(nn.Module):
     def _format_repr(self) -> str:
         """What to print about the weight's format, starting with a comma, or nothing."""
         return ""
+
+
+class ChannelsInnermost(nn.Module):
+    """A dense weight whose output channels stay innermost in memory, whatever is done to it."""
+
+    keeps_memory_format: ClassVar[bool] = True
+    weight: nn.Parameter
+
+    def _take_weight(self, conv: nn.Conv2d) -> None:
+        """Its own copy of the weight of a convolution."""
+        weight = channels_innermost(conv.weight.detach())
+        if weight.data_ptr() == conv.weight.data_ptr():
+            weight = weight.clone()
+        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Moves and casts; the order of the weight in memory survives ``memory_format``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.device.type != "meta":
+            self.weight.data = channels_innermost(self.weight.data)
+        return self
 
 
 def own_bias(dense: nn.Conv2d | nn.Linear) -> nn.Parameter | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.prune import BasePruningMethod
 
-from sparsecnn.formats.chain import MAX_STAGES, ChainGeometry, ChainStage, channels_innermost
-from sparsecnn.nn._common import check_activation, inherit, own_bias
+from sparsecnn.formats.chain import MAX_STAGES, ChainGeometry, ChainStage
+from sparsecnn.nn._common import ChannelsInnermost, check_activation, inherit, own_bias
 from sparsecnn.ops.chain_conv2d import check_stage, run_chain_conv2d
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -24,7 +24,7 @@ _MODULES = {name: module for module, name in _ACTIVATIONS.items()}
 _OP = "ChainConv2d"
 
 
-class ChainStageWeights(nn.Module):
+class ChainStageWeights(ChannelsInnermost):
     """Weight, bias and options of one stage; it computes nothing by itself.
 
     Attributes:
@@ -33,15 +33,11 @@ class ChainStageWeights(nn.Module):
         activation: applied behind it.
     """
 
-    keeps_memory_format: ClassVar[bool] = True
     bias: nn.Parameter | None
 
     def __init__(self, conv: nn.Conv2d, activation: str) -> None:
         super().__init__()
-        weight = channels_innermost(conv.weight.detach())
-        if weight.data_ptr() == conv.weight.data_ptr():
-            weight = weight.clone()
-        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        self._take_weight(conv)
         self.register_parameter("bias", own_bias(conv))
         self.activation = activation
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
@@ -57,13 +53,6 @@ class ChainStageWeights(nn.Module):
             self.weight, self.bias, (self.stride[0], self.stride[1]), self.pads,
             (self.dilation[0], self.dilation[1]), self.groups, self.activation,
         )  # fmt: skip
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChainStageWeights:
-        """Moves and casts; the order of the weight in memory survives ``memory_format``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.device.type != "meta":
-            self.weight.data = channels_innermost(self.weight.data)
-        return self
 
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution: its weight a contiguous copy, its bias shared."""

@@ -2,96 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn._common import ConvDropIn, check_activation, inherit, own_bias
+from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.ops.csr_conv2d import csr_linear, run_csr_conv2d
 
 
-class _CSRLayer(nn.Module):
-    """Storage, state dict and properties that both layers share."""
+class _CSRLayer(PackedLayer):
+    """Packing and state dict that both layers share."""
 
-    is_sparsecnn_layer: ClassVar[bool] = True
-    weight_shape: tuple[int, int, int, int]
-    values: nn.Parameter
+    _arrays = ("values", "col_idx", "row_ptr")
     bias: nn.Parameter | None
     col_idx: Tensor
     row_ptr: Tensor
     activation: str
 
     def _pack(self, dense: nn.Conv2d | nn.Linear) -> None:
-        packed = CSRWeight.from_dense(dense.weight)
-        self.weight_shape = packed.shape
-        self.values = nn.Parameter(packed.values, requires_grad=dense.weight.requires_grad)
-        self.register_buffer("col_idx", packed.col_idx)
-        self.register_buffer("row_ptr", packed.row_ptr)
+        self._hold(self._pack_dense(dense.weight), dense.weight.requires_grad)
+
+    def _pack_dense(self, dense: Tensor) -> CSRWeight:
+        return CSRWeight.from_dense(dense)
 
     @property
     def weight(self) -> CSRWeight:
         """The packed weight, sharing the layer's tensors."""
         return CSRWeight(self.values, self.col_idx, self.row_ptr, self.weight_shape)
 
-    @property
-    def nnz(self) -> int:
-        """Stored entries."""
-        return self.values.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Stored entries over all entries of the dense weight."""
-        return self.weight.density
-
-    def _dense_shape(self) -> tuple[int, ...]:
-        return self.weight_shape
-
-    def _dense_weight(self) -> Tensor:
-        return self.weight.to_dense().detach().reshape(self._dense_shape())
-
-    def _weight_requires_grad(self) -> bool:
-        return self.values.requires_grad
-
     def _format_repr(self) -> str:
         return f", density={self.density:.3f}"
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
-        strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """Also accepts a dense ``weight``, and packed arrays with another number of nonzeros."""
-        name = type(self).__name__
-        state = dict(state_dict)
-        dense = state.pop(prefix + "weight", None)
-        if dense is not None:
-            if tuple(dense.shape) != self._dense_shape():
-                error_msgs.append(
-                    f"{name}: expected {prefix}weight of shape {self._dense_shape()}, "
-                    f"got {tuple(dense.shape)}"
-                )
-                return
-            packed = CSRWeight.from_dense(dense)
-            state[prefix + "values"] = packed.values
-            state[prefix + "col_idx"] = packed.col_idx
-            state[prefix + "row_ptr"] = packed.row_ptr
-        arrays: list[Any] = [state.get(prefix + key) for key in ("values", "col_idx", "row_ptr")]
-        if all(isinstance(a, Tensor) for a in arrays):
-            try:
-                CSRWeight(arrays[0], arrays[1], arrays[2], self.weight_shape).validate()
-            except ValueError as error:
-                error_msgs.append(f"{name}: {prefix.rstrip('.')}: {error}")
-                return
-            if arrays[0].shape != self.values.shape:
-                self.values = nn.Parameter(
-                    self.values.new_empty(arrays[0].shape),
-                    requires_grad=self.values.requires_grad,
-                )
-                self.col_idx = self.col_idx.new_empty(arrays[1].shape)
-        super()._load_from_state_dict(
-            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 class CSRConv2d(_CSRLayer, ConvDropIn):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sparsecnn.formats._packed import PackedWeight
 from sparsecnn.formats.pattern import PatternWeight
 from sparsecnn.nn._common import ConvDropIn
+from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.ops.pattern_conv2d import run_pattern_conv2d
 
-_ARRAYS = ("values", "columns", "filters", "group_rows", "group_columns")
 
-
-class PatternConv2d(ConvDropIn):
+class PatternConv2d(PackedLayer, ConvDropIn):
     """``nn.Conv2d`` with structured sparsity, and a fused activation and residual.
 
     The arguments are those of ``nn.Conv2d`` and all are honoured; a fresh layer is initialised as
@@ -28,8 +26,7 @@ class PatternConv2d(ConvDropIn):
     training moves kept entries only, padding among them.
     """
 
-    weight_shape: tuple[int, int, int, int]
-    values: nn.Parameter
+    _arrays = ("values", "columns", "filters", "group_rows", "group_columns")
     columns: Tensor
     filters: Tensor
     group_rows: Tensor
@@ -62,10 +59,16 @@ class PatternConv2d(ConvDropIn):
 
     def _pack(self, conv: nn.Conv2d, pattern: str | None = None) -> None:
         packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
-        self.weight_shape, self.pattern = packed.shape, packed.pattern
-        self.values = nn.Parameter(packed.values, requires_grad=conv.weight.requires_grad)
-        for name in _ARRAYS[1:]:
-            self.register_buffer(name, getattr(packed, name))
+        self.pattern = packed.pattern
+        self._hold(packed, conv.weight.requires_grad)
+
+    def _pack_dense(self, dense: Tensor) -> PatternWeight:
+        return PatternWeight.from_dense(dense, self.groups)
+
+    def _loading(self, packed: PackedWeight) -> None:
+        same = (torch.equal(getattr(packed, key), getattr(self, key)) for key in self._arrays[1:])
+        if not all(same):
+            self.pattern = self._pack_dense(packed.to_dense()).pattern
 
     @property
     def weight(self) -> PatternWeight:
@@ -75,70 +78,10 @@ class PatternConv2d(ConvDropIn):
             self.weight_shape, self.groups, self.pattern,
         )  # fmt: skip
 
-    @property
-    def nnz(self) -> int:
-        """Stored values, padding included."""
-        return self.values.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Stored values over all entries of the dense weight."""
-        return self.weight.density
-
-    def _dense_weight(self) -> Tensor:
-        return self.weight.to_dense().detach()
-
-    def _weight_requires_grad(self) -> bool:
-        return self.values.requires_grad
-
     def _format_repr(self) -> str:
         return f", pattern={self.pattern}, density={self.density:.3f}"
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return run_pattern_conv2d(
             x, self.weight, self.bias, residual, self._geometry, self.groups, self.activation
-        )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
-        strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """Also accepts a dense ``weight``, and packed arrays of other sizes."""
-        name = type(self).__name__
-        state = dict(state_dict)
-        dense = state.pop(prefix + "weight", None)
-        if dense is not None:
-            if tuple(dense.shape) != self.weight_shape:
-                error_msgs.append(
-                    f"{name}: expected {prefix}weight of shape {self.weight_shape}, "
-                    f"got {tuple(dense.shape)}"
-                )
-                return
-            packed = PatternWeight.from_dense(dense, self.groups)
-            state |= {prefix + key: getattr(packed, key) for key in _ARRAYS}
-        arrays: list[Any] = [state.get(prefix + key) for key in _ARRAYS]
-        if all(isinstance(a, Tensor) for a in arrays):
-            values, columns, filters, rows, ends = arrays
-            loaded = PatternWeight(
-                values, columns, filters, rows, ends, self.weight_shape, self.groups
-            )
-            try:
-                loaded.validate()
-            except ValueError as error:
-                error_msgs.append(f"{name}: {prefix.rstrip('.')}: {error}")
-                return
-            own_indices = (self.columns, self.filters, self.group_rows, self.group_columns)
-            if not all(torch.equal(a, b) for a, b in zip(arrays[1:], own_indices, strict=True)):
-                self.pattern = PatternWeight.from_dense(loaded.to_dense(), self.groups).pattern
-            if arrays[0].shape != self.values.shape:
-                self.values = nn.Parameter(
-                    self.values.new_empty(arrays[0].shape),
-                    requires_grad=self.values.requires_grad,
-                )
-            for key, array in zip(_ARRAYS[1:], arrays[1:], strict=True):
-                own = getattr(self, key)
-                if array.shape != own.shape:
-                    setattr(self, key, own.new_empty(array.shape))
-        super()._load_from_state_dict(
-            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

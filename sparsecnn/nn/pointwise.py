@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from sparsecnn.formats.chain import channels_innermost
-from sparsecnn.nn._common import ConvDropIn
+from sparsecnn.nn._common import ChannelsInnermost, ConvDropIn
 from sparsecnn.ops.pointwise_conv2d import run_pointwise_conv2d
 
 
-class PointwiseConv2d(ConvDropIn):
+class PointwiseConv2d(ChannelsInnermost, ConvDropIn):
     """``nn.Conv2d`` of kernel size 1, without padding or groups, fused with its activation.
 
     The arguments are those of ``nn.Conv2d``; a kernel other than 1x1, padding and groups are
     refused by name. State dict: ``weight`` and ``bias`` as in ``nn.Conv2d``; the weight keeps its
     output channels innermost in memory, whatever is loaded into it.
     """
-
-    keeps_memory_format: ClassVar[bool] = True
-    weight: nn.Parameter
 
     def _pack(self, conv: nn.Conv2d) -> None:
         name = type(self).__name__
@@ -34,10 +27,7 @@ class PointwiseConv2d(ConvDropIn):
             raise NotImplementedError(f"{name}: expected groups 1, got {conv.groups}")
         if any(conv._reversed_padding_repeated_twice):
             raise NotImplementedError(f"{name}: expected padding 0, got {conv.padding!r}")
-        weight = channels_innermost(conv.weight.detach())
-        if weight.data_ptr() == conv.weight.data_ptr():
-            weight = weight.clone()
-        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        self._take_weight(conv)
 
     def _dense_weight(self) -> Tensor:
         return self.weight.detach().clone(memory_format=torch.contiguous_format)
@@ -49,10 +39,3 @@ class PointwiseConv2d(ConvDropIn):
         return run_pointwise_conv2d(
             x, self.weight, self.bias, residual, self._geometry[1], self.activation
         )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PointwiseConv2d:
-        """Moves and casts; the order of the weight in memory survives ``memory_format``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.device.type != "meta":
-            self.weight.data = channels_innermost(self.weight.data)
-        return self

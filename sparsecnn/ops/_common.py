@@ -1,17 +1,21 @@
-"""What the ops share beside their checks: dtypes, autocast, fake outputs, slopes of activations."""
+"""What the ops share beside their checks: dtypes, geometry, autocast, the call, fake outputs."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecnn.ops._check import out_extent
+from sparsecnn.formats._packed import PackedWeight
+from sparsecnn.ops._check import Geometry, conv_geometry, out_extent
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_plain_geometry = functools.lru_cache(maxsize=1024)(conv_geometry)
 
 
 def dtypes_for(x: object) -> tuple[torch.dtype, ...]:
@@ -32,18 +36,64 @@ def autocast_is_on(x: object) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def autocast_to(x: Tensor) -> Callable[[Any], Any]:
-    """A function that casts to the autocast dtype in force on the device of x.
+def autocast(x: Tensor, *others: Any) -> list[Any]:
+    """All of them in the autocast dtype in force on the device of x.
 
-    Floating-point tensors but float64 are cast, everything else is returned as it is.
+    Floating-point tensors but float64 are cast, also the values of a packed weight and the items of
+    a list; everything else is returned as it is.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
-        eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if eligible else t
+        if isinstance(t, Tensor):
+            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+        if isinstance(t, list):
+            return [cast(item) for item in t]
+        if isinstance(t, PackedWeight):
+            return replace(t, values=cast(t.values))  # type: ignore[type-var]
+        return t
 
-    return cast
+    return [cast(t) for t in (x, *others)]
+
+
+def geometry_of(
+    op: str,
+    x: object,
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> Geometry:
+    """`conv_geometry`, looked up where an eager call gives plain ints."""
+    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
+    if (
+        type(stride) is int
+        and type(padding) is int
+        and type(dilation) is int
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+    ):
+        return _plain_geometry(op, kernel_size, stride, padding, dilation)
+    return conv_geometry(op, kernel_size, stride, padding, dilation)
+
+
+def run_op(
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    check: Callable[..., None],
+    checked: tuple[Any, ...],
+) -> Tensor:
+    """``op(*arguments)``, and where it refuses, ``check(*checked)``, which says better why.
+
+    So a call that the op's own checks accept is not checked in Python as well. Arguments that those
+    do not see, or that could reach another implementation, the caller checks before.
+    """
+    try:
+        y: Tensor = op(*arguments)
+        return y
+    except (RuntimeError, TypeError):
+        check(*checked)
+        raise
 
 
 def fake_output(
@@ -55,27 +105,17 @@ def fake_output(
     dilation: Sequence[int],
 ) -> Tensor:
     """An uninitialised ``(N, K, P, Q)`` in the memory format an op gives its output."""
-    n, _, h, w = x.shape
-    p = out_extent(h, padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
-    q = out_extent(w, padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
+    p = out_extent(x.shape[2], padding[0], padding[1], dilation[0], kernel_size[0], stride[0])
+    q = out_extent(x.shape[3], padding[2], padding[3], dilation[1], kernel_size[1], stride[1])
+    return fake_image(x, k, p, q)
+
+
+def fake_image(x: Tensor, k: Any, p: Any, q: Any) -> Tensor:
+    """`fake_output` of a known size."""
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
-        (n, k, p, q),
+        (x.shape[0], k, p, q),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-
-
-def activation_slope(activation: str, y: Tensor, z: Tensor | None) -> Tensor:
-    """Derivative of the activation, from its output y (relu, relu6) or its input z."""
-    if activation == "relu":
-        return (y > 0).to(y.dtype)
-    if activation == "relu6":
-        return ((y > 0) & (y < 6)).to(y.dtype)
-    assert z is not None
-    if activation == "silu":
-        sigmoid = torch.sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
-    slope = torch.where(z < -3, torch.zeros_like(z), z / 3 + 0.5)
-    return torch.where(z > 3, torch.ones_like(z), slope)

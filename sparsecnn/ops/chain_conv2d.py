@@ -20,14 +20,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.formats.chain import MAX_STAGES, ChainGeometry, ChainStage
+from sparsecnn.ops._autograd import activation_slope, grad_dense, pad_unlike
 from sparsecnn.ops._check import check_conv, conv_geometry, out_extent
-from sparsecnn.ops._common import (
-    activation_slope,
-    autocast_is_on,
-    autocast_to,
-    dtypes_for,
-    is_eager,
-)
+from sparsecnn.ops._common import autocast, autocast_is_on, dtypes_for, fake_image, is_eager, run_op
 
 _OP = "chain_conv2d"
 _chain_conv2d_op = torch.ops.sparsecnn.chain_conv2d.default
@@ -137,34 +132,26 @@ def run_chain_conv2d(
     residual: Tensor | None,
     geometry: ChainGeometry,
 ) -> Tensor:
-    """`chain_conv2d` with its options already checked.
-
-    A call that the C++ checks accept is not checked in Python as well.
-    """
+    """`chain_conv2d` with its options already checked."""
     if autocast_is_on(x):
-        cast = autocast_to(x)
-        x, residual = cast(x), cast(residual)
-        weights, biases = [cast(w) for w in weights], [cast(b) for b in biases]
-    # The devices decide which implementation sees the arguments.
-    tensors = (*weights, *biases, residual)
-    seen_by_op = (
-        is_eager(x)
-        and x.is_cpu
-        and x.dim() == 4
-        and all(t is None or (isinstance(t, Tensor) and t.is_cpu) for t in tensors)
-    )
-    if not seen_by_op:
-        _check(x, weights, biases, residual, geometry)
-    try:
-        y: Tensor = _chain_conv2d_op(
-            x, weights, [b for b in biases if b is not None], residual,
-            [int(b is not None) for b in biases], geometry.stride, geometry.padding,
-            geometry.dilation, geometry.groups, geometry.activations,
-        )  # fmt: skip
-        return y
-    except (RuntimeError, TypeError):
-        _check(x, weights, biases, residual, geometry)  # says it better, if it was an argument
-        raise
+        x, weights, biases, residual = autocast(x, weights, biases, residual)
+    checked = (x, weights, biases, residual, geometry)
+    if not (is_eager(x) and x.is_cpu and x.dim() == 4 and _on_cpu(*weights, *biases, residual)):
+        _check(*checked)
+    arguments = (
+        x, weights, [b for b in biases if b is not None], residual,
+        [int(b is not None) for b in biases], geometry.stride, geometry.padding,
+        geometry.dilation, geometry.groups, geometry.activations,
+    )  # fmt: skip
+    return run_op(_chain_conv2d_op, arguments, _check, checked)
+
+
+def _on_cpu(*tensors: Any) -> bool:
+    """Whether the CPU implementation will see them."""
+    for t in tensors:
+        if t is not None and not (isinstance(t, Tensor) and t.is_cpu):
+            return False
+    return True
 
 
 def _check(
@@ -215,19 +202,13 @@ def _fake(
     activations: str,
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
-    (n, _, h, w) = x.shape
+    h, w = x.shape[2:]
     for i, weight in enumerate(weights):
         r, s = weight.shape[2:]
         pads, steps, dil = padding[4 * i : 4 * i + 4], stride[2 * i :], dilation[2 * i :]
         h = out_extent(h, pads[0], pads[1], dil[0], r, steps[0])
         w = out_extent(w, pads[2], pads[3], dil[1], s, steps[1])
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        (n, weights[-1].shape[0], h, w),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    return fake_image(x, weights[-1].shape[0], h, w)
 
 
 @register_flop_formula(torch.ops.sparsecnn.chain_conv2d)
@@ -282,17 +263,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weights, present = tensors[: ctx.stages], iter(tensors[ctx.stages :])
     biases = [next(present) if has else None for has in has_bias]
     names = activations.split(",")
-    inputs, sums = [], []  # of each stage: what it convolved (padded), what it activated
+    options = [
+        (stride[2 * i : 2 * i + 2], padding[4 * i : 4 * i + 4], dilation[2 * i : 2 * i + 2])
+        for i in range(ctx.stages)
+    ]
+    inputs, sums = [], []  # of each stage: what it convolved, what it activated
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        top, bottom, left, right = padding[4 * i : 4 * i + 4]
-        padded = F.pad(x, (left, right, top, bottom)) if any((top, bottom, left, right)) else x
+        steps, pads, dil = options[i]
+        padded, alike = pad_unlike(x, pads)
         z = torch.ops.aten.convolution.default(
-            padded, weight, bias, stride[2 * i : 2 * i + 2], [0, 0], dilation[2 * i : 2 * i + 2],
-            False, [0, 0], groups[i],
-        )  # fmt: skip
+            padded, weight, bias, steps, alike, dil, False, [0, 0], groups[i]
+        )
         if i == ctx.stages - 1 and residual is not None:
             z = z + residual
-        inputs.append(padded)
+        inputs.append(x)
         sums.append(z)
         x = activate(z, names[i])
     grad_residual = None
@@ -303,16 +287,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad = grad * activation_slope(names[i], sums[i], sums[i])
         if i == ctx.stages - 1 and residual is not None:
             grad_residual = grad
-        grad, grad_weights[i], grad_bias = torch.ops.aten.convolution_backward.default(
-            grad, inputs[i], weights[i], None if biases[i] is None else [weights[i].shape[0]],
-            stride[2 * i : 2 * i + 2], [0, 0], dilation[2 * i : 2 * i + 2], False, [0, 0],
-            groups[i], [True, True, biases[i] is not None],
-        )  # fmt: skip
         if has_bias[i]:
-            grad_biases.insert(0, grad_bias)
-        top, bottom, left, right = padding[4 * i : 4 * i + 4]
-        h, w = grad.shape[2], grad.shape[3]
-        grad = grad[:, :, top : h - bottom, left : w - right]
+            grad_biases.insert(0, grad.sum((0, 2, 3)))
+        grad_x, grad_weights[i] = grad_dense(
+            grad, inputs[i], weights[i], *options[i], groups[i], (True, True)
+        )
+        assert grad_x is not None
+        grad = grad_x
     return grad, grad_weights, grad_biases, grad_residual, *([None] * 6)
 
 

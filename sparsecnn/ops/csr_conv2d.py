@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,19 +16,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.formats.csr import CSRWeight, transpose_indices
-from sparsecnn.ops._check import Geometry, check_conv, conv_geometry
+from sparsecnn.ops._autograd import register_fused
+from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
-    activation_slope,
+    autocast,
     autocast_is_on,
-    autocast_to,
     dtypes_for,
     fake_output,
+    geometry_of,
     is_eager,
+    run_op,
 )
 
 _OP = "csr_conv2d"
 _csr_conv2d_op = torch.ops.sparsecnn.csr_conv2d.default
-_plain_geometry = functools.lru_cache(maxsize=256)(functools.partial(conv_geometry, _OP))
 
 
 def _check(
@@ -94,13 +93,8 @@ def csr_conv2d(
         ValueError: a shape, device or option that does not fit; names it and the value.
         TypeError: a dtype that is not supported or does not match.
     """
-    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
-    if type(stride) is int and type(padding) is int and type(dilation) is int and is_eager(x):
-        shape = weight.shape if isinstance(weight, CSRWeight) else (0, 0, 1, 1)
-        geometry = _plain_geometry(shape[2:], stride, padding, dilation)
-    else:
-        kernel_size = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
-        geometry = conv_geometry(_OP, kernel_size, stride, padding, dilation)
+    kernel_size = weight.shape[2:] if isinstance(weight, CSRWeight) else (1, 1)
+    geometry = geometry_of(_OP, x, kernel_size, stride, padding, dilation)
     return run_csr_conv2d(x, weight, bias, residual, geometry, groups, activation)
 
 
@@ -115,16 +109,13 @@ def run_csr_conv2d(
 ) -> Tensor:
     """`csr_conv2d` with its geometry already checked.
 
-    A call that the C++ checks accept is not checked in Python as well. Python and dispatcher take
-    18 us of a call in a warm loop, 50 to 110 behind another layer that has emptied the caches.
+    Python and dispatcher take 18 us of a call in a warm loop, 50 to 110 behind another layer that
+    has emptied the caches.
     """
     if autocast_is_on(x):
-        cast = autocast_to(x)
-        if isinstance(weight, CSRWeight):
-            weight = replace(weight, values=cast(weight.values))
-        x, bias, residual = cast(x), cast(bias), cast(residual)
-    arguments = (x, weight, bias, residual, geometry, groups, activation)
-    seen_by_op = (
+        x, weight, bias, residual = autocast(x, weight, bias, residual)
+    checked = (x, weight, bias, residual, geometry, groups, activation)
+    if not (
         is_eager(x)
         and isinstance(weight, CSRWeight)
         and x.dim() == 4
@@ -133,31 +124,13 @@ def run_csr_conv2d(
         and weight.values.device == weight.col_idx.device == weight.row_ptr.device == x.device
         and (bias is None or bias.device == x.device)
         and (residual is None or residual.device == x.device)
-    )
-    if not seen_by_op:
-        _check(*arguments)
-        return _call(*arguments)
-    try:
-        return _call(*arguments)
-    except (RuntimeError, TypeError):
-        _check(*arguments)  # says it better, if it was an argument
-        raise
-
-
-def _call(
-    x: Tensor,
-    weight: CSRWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    groups: int,
-    activation: str,
-) -> Tensor:
-    y: Tensor = _csr_conv2d_op(
+    ):
+        _check(*checked)
+    arguments = (
         x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, *geometry, groups,
         activation,
     )  # fmt: skip
-    return y
+    return run_op(_csr_conv2d_op, arguments, _check, checked)
 
 
 def csr_linear(
@@ -286,7 +259,7 @@ def _grad_input(
         top, h - grad.shape[2] - top + reach[0],
         left, w - grad.shape[3] - left + reach[1],
     ]  # fmt: skip
-    out: Tensor = torch.ops.sparsecnn.csr_conv2d.default(
+    out: Tensor = _csr_conv2d_op(
         grad,
         values[permutation],
         col_t,
@@ -303,40 +276,22 @@ def _grad_input(
     return out
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, col_idx, row_ptr, bias, residual, *geometry, activation = inputs
-    by_output = activation in ("relu", "relu6")
-    ctx.save_for_backward(
-        x,
-        values,
-        col_idx,
-        row_ptr,
-        bias,
-        residual if activation in ("silu", "hardswish") else None,
-        output if by_output else None,
-    )
-    ctx.geometry, ctx.activation = geometry, activation
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, col_idx, row_ptr, bias, residual, y = ctx.saved_tensors
-    if ctx.activation != "none":
-        z = None
-        if y is None:  # silu and hardswish: the input of the activation is computed again
-            z = torch.ops.sparsecnn.csr_conv2d.default(
-                x, values, col_idx, row_ptr, bias, residual, *ctx.geometry, "none"
-            )
-        grad = grad * activation_slope(ctx.activation, y, z)
-    need = ctx.needs_input_grad
-    grad_x = _grad_input(grad, x, values, col_idx, row_ptr, *ctx.geometry) if need[0] else None
+def _grad_conv(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    col_idx: Tensor,
+    row_ptr: Tensor,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    *geometry, need = rest
+    grad_x = _grad_input(grad, x, values, col_idx, row_ptr, *geometry) if need[0] else None
     grad_values = None
     if need[1]:
         grad_values = torch.ops.sparsecnn.csr_conv2d_grad_values.default(
-            grad, x, col_idx, row_ptr, *ctx.geometry
+            grad, x, col_idx, row_ptr, *geometry
         )
-    grad_bias = grad.sum((0, 2, 3)) if need[4] else None
-    grad_residual = grad if need[5] else None
-    return grad_x, grad_values, None, None, grad_bias, grad_residual, *([None] * 6)
+    return grad_x, grad_values, None, None
 
 
 def _setup_grad_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -350,14 +305,14 @@ def _backward_grad_values(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     need = ctx.needs_input_grad
     grad_grad_y = None
     if need[0]:
-        grad_grad_y = torch.ops.sparsecnn.csr_conv2d.default(
+        grad_grad_y = _csr_conv2d_op(
             x, g, col_idx, row_ptr, None, None, *ctx.geometry, "none"
         )
     grad_x = _grad_input(grad_y, x, g, col_idx, row_ptr, *ctx.geometry) if need[1] else None
     return grad_grad_y, grad_x, *([None] * 7)
 
 
-torch.library.register_autograd("sparsecnn::csr_conv2d", _backward, setup_context=_setup)
+register_fused(_csr_conv2d_op, 3, _grad_conv)
 torch.library.register_autograd(
     "sparsecnn::csr_conv2d_grad_values", _backward_grad_values, setup_context=_setup_grad_values
 )

@@ -8,7 +8,6 @@ Image Classification", 2014; Howard et al., "MobileNets", 2017). The cost is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +16,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
-from sparsecnn.ops._check import Geometry, check_conv, conv_geometry
+from sparsecnn.ops._autograd import grad_dense, register_fused
+from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
     CPU_DTYPES,
-    activation_slope,
+    autocast,
     autocast_is_on,
-    autocast_to,
     fake_output,
+    geometry_of,
     is_eager,
+    run_op,
 )
 
 _OP = "depthwise_conv2d"
 _depthwise_conv2d_op = torch.ops.sparsecnn.depthwise_conv2d.default
-_plain_geometry = functools.lru_cache(maxsize=256)(functools.partial(conv_geometry, _OP))
 # The way a kernel of torch calls itself where nothing is to be recorded.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transform = torch._C._functorch.peek_interpreter_stack  # of torch.func, None outside of all
@@ -107,12 +107,8 @@ def depthwise_conv2d(
         TypeError: a dtype that is not supported or does not match.
         NotImplementedError: x on another device than the CPU.
     """
-    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
     kernel_size = weight.shape[2:] if isinstance(weight, Tensor) and weight.dim() == 4 else (1, 1)
-    if type(stride) is int and type(padding) is int and type(dilation) is int and is_eager(x):
-        geometry = _plain_geometry(tuple(kernel_size), stride, padding, dilation)
-    else:
-        geometry = conv_geometry(_OP, kernel_size, stride, padding, dilation)
+    geometry = geometry_of(_OP, x, kernel_size, stride, padding, dilation)
     return run_depthwise_conv2d(x, weight, bias, residual, geometry, activation)
 
 
@@ -126,14 +122,15 @@ def run_depthwise_conv2d(
 ) -> Tensor:
     """`depthwise_conv2d` with its geometry already checked.
 
-    A call that the C++ checks accept is not checked in Python as well, and one that needs no graph
-    does not visit the autograd kernel, which is Python and costs as much as the rest of the call.
+    A call that needs no graph does not visit the autograd kernel, which is Python and costs as much
+    as the rest of the call.
     """
     if autocast_is_on(x):
-        cast = autocast_to(x)
-        x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
-    arguments = (x, weight, bias, residual, geometry, activation)
-    seen_by_op = (
+        x, weight, bias, residual = autocast(x, weight, bias, residual)
+    checked = (x, weight, bias, residual, geometry, activation)
+    _, stride, padding, dilation = geometry
+    arguments = (x, weight, bias, residual, stride, padding, dilation, activation)
+    if not (
         is_eager(x)
         and isinstance(weight, Tensor)
         # What decides which implementation sees the arguments.
@@ -141,18 +138,12 @@ def run_depthwise_conv2d(
         and weight.is_cpu
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    )
-    if not seen_by_op:
-        _check(*arguments)
-        return _call(*arguments)
-    try:
-        if _needs_no_graph(x, weight, bias, residual):
-            with _below_autograd():
-                return _call(*arguments)
-        return _call(*arguments)
-    except (RuntimeError, TypeError):
-        _check(*arguments)  # says it better, if it was an argument
-        raise
+    ):
+        _check(*checked)
+    elif _needs_no_graph(x, weight, bias, residual):
+        with _below_autograd():
+            return run_op(_depthwise_conv2d_op, arguments, _check, checked)
+    return run_op(_depthwise_conv2d_op, arguments, _check, checked)
 
 
 def _needs_no_graph(
@@ -166,21 +157,6 @@ def _needs_no_graph(
         or (residual is not None and residual.requires_grad)
     )
     return not wanted and _transform() is None
-
-
-def _call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-) -> Tensor:
-    _, stride, padding, dilation = geometry
-    y: Tensor = _depthwise_conv2d_op(
-        x, weight, bias, residual, stride, padding, dilation, activation
-    )
-    return y
 
 
 @torch.library.register_fake("sparsecnn::depthwise_conv2d")
@@ -212,55 +188,16 @@ def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, *
 torch.library.register_autocast("sparsecnn::depthwise_conv2d", "cpu", torch.bfloat16)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, *geometry, activation = inputs
-    by_output = activation in ("relu", "relu6")
-    ctx.save_for_backward(
-        x,
-        weight,
-        bias,
-        residual if activation in ("silu", "hardswish") else None,
-        output if by_output else None,
-    )
-    ctx.geometry, ctx.activation = geometry, activation
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The gradients of the dense convolution, behind the slope of the activation."""
-    x, weight, bias, residual, y = ctx.saved_tensors
-    if ctx.activation != "none":
-        z = None
-        if y is None:  # silu and hardswish: the input of the activation is computed again
-            z = torch.ops.sparsecnn.depthwise_conv2d.default(
-                x, weight, bias, residual, *ctx.geometry, "none"
-            )
-        grad = grad * activation_slope(ctx.activation, y, z)
-    need = ctx.needs_input_grad
-    grad_x = grad_weight = None
-    if need[0] or need[1]:
-        grad_x, grad_weight = _grad_conv(grad, x, weight, ctx.geometry, [need[0], need[1], False])
-    grad_bias = grad.sum((0, 2, 3)) if need[2] else None
-    grad_residual = grad if need[3] else None
-    return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None
-
-
 def _grad_conv(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[list[int]], mask: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight by aten, which pads both sides alike: other pads come first."""
-    stride, padding, dilation = geometry
-    top, bottom, left, right = padding
-    h, w = x.shape[2:]
-    symmetric = top == bottom and left == right
-    if not symmetric:
-        x = torch.nn.functional.pad(x, (left, right, top, bottom))
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, stride, [top, left] if symmetric else [0, 0], dilation, False,
-        [0, 0], x.shape[1], mask,
-    )  # fmt: skip
-    if mask[0] and not symmetric:
-        grad_x = grad_x[:, :, top : top + h, left : left + w]
-    return grad_x if mask[0] else None, grad_weight if mask[1] else None
+    return grad_dense(grad, x, weight, stride, padding, dilation, x.shape[1], need)
 
 
-torch.library.register_autograd("sparsecnn::depthwise_conv2d", _backward, setup_context=_setup)
+register_fused(_depthwise_conv2d_op, 1, _grad_conv)

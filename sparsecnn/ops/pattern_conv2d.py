@@ -8,31 +8,29 @@ al., "Exploring the Granularity of Sparsity in Convolutional Neural Networks", 2
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.formats.pattern import PatternWeight, flat_indices
-from sparsecnn.ops._check import Geometry, check_conv, conv_geometry
+from sparsecnn.ops._autograd import grad_dense, register_fused
+from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
     CPU_DTYPES,
-    activation_slope,
+    autocast,
     autocast_is_on,
-    autocast_to,
     fake_output,
+    geometry_of,
     is_eager,
+    run_op,
 )
 
 _OP = "pattern_conv2d"
 _pattern_conv2d_op = torch.ops.sparsecnn.pattern_conv2d.default
-_plain_geometry = functools.lru_cache(maxsize=256)(functools.partial(conv_geometry, _OP))
 
 
 def _check(
@@ -108,13 +106,8 @@ def pattern_conv2d(
         ValueError: a shape, device or option that does not fit; names it and the value.
         TypeError: a dtype that is not supported or does not match.
     """
-    # Exact ints only: to a cache 1.0 is 1, but it must be refused.
-    if type(stride) is int and type(padding) is int and type(dilation) is int and is_eager(x):
-        shape = weight.shape if isinstance(weight, PatternWeight) else (0, 0, 1, 1)
-        geometry = _plain_geometry(shape[2:], stride, padding, dilation)
-    else:
-        kernel_size = weight.shape[2:] if isinstance(weight, PatternWeight) else (1, 1)
-        geometry = conv_geometry(_OP, kernel_size, stride, padding, dilation)
+    kernel_size = weight.shape[2:] if isinstance(weight, PatternWeight) else (1, 1)
+    geometry = geometry_of(_OP, x, kernel_size, stride, padding, dilation)
     return run_pattern_conv2d(x, weight, bias, residual, geometry, groups, activation)
 
 
@@ -127,18 +120,11 @@ def run_pattern_conv2d(
     groups: int,
     activation: str,
 ) -> Tensor:
-    """``pattern_conv2d`` with a geometry from ``conv_geometry``; what layers call.
-
-    A call is a few microseconds next to its kernel: in eager mode the op's own checks come first
-    and the full ones only say better what was wrong.
-    """
+    """``pattern_conv2d`` with a geometry from ``conv_geometry``; what layers call."""
     if autocast_is_on(x):
-        cast = autocast_to(x)
-        if isinstance(weight, PatternWeight):
-            weight = replace(weight, values=cast(weight.values))
-        x, bias, residual = cast(x), cast(bias), cast(residual)
-    arguments = (x, weight, bias, residual, geometry, groups, activation)
-    seen_by_op = (
+        x, weight, bias, residual = autocast(x, weight, bias, residual)
+    checked = (x, weight, bias, residual, geometry, groups, activation)
+    if not (
         is_eager(x)
         and x.is_cpu
         and isinstance(weight, PatternWeight)
@@ -153,31 +139,13 @@ def run_pattern_conv2d(
         and weight.group_columns.is_cpu
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    )
-    if not seen_by_op:
-        _check(*arguments)
-        return _call(*arguments)
-    try:
-        return _call(*arguments)
-    except (RuntimeError, TypeError):
-        _check(*arguments)  # says it better, if it was an argument
-        raise
-
-
-def _call(
-    x: Tensor,
-    weight: PatternWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    groups: int,
-    activation: str,
-) -> Tensor:
-    y: Tensor = _pattern_conv2d_op(
+    ):
+        _check(*checked)
+    arguments = (
         x, weight.values, weight.columns, weight.filters, weight.group_rows, weight.group_columns,
         bias, residual, *geometry, groups, activation,
     )  # fmt: skip
-    return y
+    return run_op(_pattern_conv2d_op, arguments, _check, checked)
 
 
 @torch.library.register_fake("sparsecnn::pattern_conv2d")
@@ -218,49 +186,29 @@ def _flops(x_shape: Any, values_shape: Any, *args: Any, out_shape: Any = None, *
 torch.library.register_autocast("sparsecnn::pattern_conv2d", "cpu", torch.bfloat16)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, bias, residual, kernel_size, stride, padding, dilation, groups, activation = inputs
-    by_output = activation in ("relu", "relu6")
-    ctx.save_for_backward(
-        *tensors,
-        bias,
-        residual if activation in ("silu", "hardswish") else None,
-        output if by_output else None,
-    )
-    ctx.geometry, ctx.activation = (kernel_size, stride, padding, dilation, groups), activation
+def _grad_conv(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    filters: Tensor,
+    group_rows: Tensor,
+    group_columns: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    r, s = kernel_size
+    shape = (filters.shape[0], x.shape[1] // groups, r, s)
+    places = flat_indices(columns, filters, group_rows, group_columns, shape, values.shape[0])
+    dense = values.new_zeros(shape[0] * shape[1] * shape[2] * shape[3])
+    dense = dense.index_put((places,), values).reshape(shape)
+    grad_x, grad_weight = grad_dense(grad, x, dense, stride, padding, dilation, groups, need)
+    grad_values = None if grad_weight is None else grad_weight.reshape(-1)[places]
+    return grad_x, grad_values, None, None, None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, *indices, bias, residual, y = ctx.saved_tensors
-    kernel_size, stride, padding, dilation, groups = ctx.geometry
-    if ctx.activation != "none":
-        z = None
-        if y is None:  # silu and hardswish: the input of the activation is computed again
-            z = _pattern_conv2d_op(x, values, *indices, bias, residual, *ctx.geometry, "none")
-        grad = grad * activation_slope(ctx.activation, y, z)
-    need = ctx.needs_input_grad
-    grad_x = grad_values = None
-    if need[0] or need[1]:
-        r, s = kernel_size
-        shape = (indices[1].shape[0], x.shape[1] // groups, r, s)
-        columns, filters, rows, ends = indices
-        places = flat_indices(columns, filters, rows, ends, shape, values.shape[0])
-        dense = values.new_zeros(shape[0] * shape[1] * shape[2] * shape[3])
-        dense = dense.index_put((places,), values).reshape(shape)
-        top, bottom, left, right = padding
-        # The framework pads both sides alike: anything else is padded in front of it.
-        alike = top == bottom and left == right
-        image = x if alike else F.pad(x, (left, right, top, bottom))
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, image, dense, None, stride, [top, left] if alike else [0, 0], dilation, False,
-            [0, 0], groups, [need[0], need[1], False],
-        )  # fmt: skip
-        if need[0] and not alike:
-            grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-        grad_values = grad_weight.reshape(-1)[places] if need[1] else None
-    grad_bias = grad.sum((0, 2, 3)) if need[6] else None
-    grad_residual = grad if need[7] else None
-    return grad_x, grad_values, *([None] * 4), grad_bias, grad_residual, *([None] * 6)
-
-
-torch.library.register_autograd("sparsecnn::pattern_conv2d", _backward, setup_context=_setup)
+register_fused(_pattern_conv2d_op, 5, _grad_conv)

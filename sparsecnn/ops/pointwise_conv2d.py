@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
+from sparsecnn.ops._autograd import grad_dense, register_fused
 from sparsecnn.ops._check import check_conv, pair
 from sparsecnn.ops._common import (
-    activation_slope,
+    autocast,
     autocast_is_on,
-    autocast_to,
     dtypes_for,
     fake_output,
     is_eager,
+    run_op,
 )
 
 _OP = "pointwise_conv2d"
@@ -76,29 +77,22 @@ def run_pointwise_conv2d(
     stride: list[int],
     activation: str,
 ) -> Tensor:
-    """`pointwise_conv2d` with its stride already checked.
-
-    A call that the C++ checks accept is not checked in Python as well.
-    """
+    """`pointwise_conv2d` with its stride already checked."""
     if autocast_is_on(x):
-        cast = autocast_to(x)
-        x, weight, bias, residual = cast(x), cast(weight), cast(bias), cast(residual)
+        x, weight, bias, residual = autocast(x, weight, bias, residual)
     arguments = (x, weight, bias, residual, stride, activation)
-    # The devices decide which implementation sees the arguments.
-    seen_by_op = (
+    if not (
         is_eager(x)
-        and x.is_cpu
         and x.dim() == 4
-        and all(t is None or (isinstance(t, Tensor) and t.is_cpu) for t in (weight, bias, residual))
-    )
-    if not seen_by_op:
+        and isinstance(weight, Tensor)
+        # What decides which implementation sees the arguments.
+        and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or bias.is_cpu)
+        and (residual is None or residual.is_cpu)
+    ):
         _check(*arguments)
-    try:
-        y: Tensor = _pointwise_conv2d_op(*arguments)
-        return y
-    except (RuntimeError, TypeError):
-        _check(*arguments)  # says it better, if it was an argument
-        raise
+    return run_op(_pointwise_conv2d_op, arguments, _check, arguments)
 
 
 def _check(
@@ -146,33 +140,10 @@ def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, *
 torch.library.register_autocast("sparsecnn::pointwise_conv2d", "cpu", torch.bfloat16)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, stride, activation = inputs
-    by_output = activation in ("relu", "relu6")
-    by_input = activation in ("silu", "hardswish")
-    ctx.save_for_backward(
-        x,
-        weight,
-        bias if by_input else None,
-        residual if by_input else None,
-        output if by_output else None,
-    )
-    ctx.stride, ctx.activation = stride, activation
+def _grad_conv(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], need: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    return grad_dense(grad, x, weight, stride, [0, 0, 0, 0], [1, 1], 1, need)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, residual, y = ctx.saved_tensors
-    if ctx.activation != "none":
-        z = None
-        if y is None:  # silu and hardswish: the input of the activation is computed again
-            z = _pointwise_conv2d_op(x, weight, bias, residual, ctx.stride, "none")
-        grad = grad * activation_slope(ctx.activation, y, z)
-    need = ctx.needs_input_grad
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
-        grad, x, weight, [weight.shape[0]], ctx.stride, [0, 0], [1, 1], False, [0, 0], 1,
-        [need[0], need[1], need[2]],
-    )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, grad if need[3] else None, None, None
-
-
-torch.library.register_autograd("sparsecnn::pointwise_conv2d", _backward, setup_context=_setup)
+register_fused(_pointwise_conv2d_op, 1, _grad_conv)
