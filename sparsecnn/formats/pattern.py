@@ -38,7 +38,7 @@ from torch import Tensor
 
 from sparsecnn.formats._patterns import find_pattern, pattern_of
 
-_INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
+INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class PatternWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the five arrays."""
-        arrays = (self.values, *(getattr(self, name) for name in _INDEX_ARRAYS))
+        arrays = (self.values, *(getattr(self, name) for name in INDEX_ARRAYS))
         return sum(t.numel() * t.element_size() for t in arrays)
 
     def validate(self) -> PatternWeight:
@@ -187,7 +187,7 @@ class PatternWeight:
             raise ValueError(
                 f"PatternWeight: expected groups a positive divisor of K = {k}, got {self.groups!r}"
             )
-        for name in _INDEX_ARRAYS:
+        for name in INDEX_ARRAYS:
             t = getattr(self, name)
             if t.dtype != torch.int32 or t.dim() != 1:
                 raise ValueError(
@@ -221,9 +221,14 @@ class PatternWeight:
                 "PatternWeight: expected each filter group inside one group of the convolution, "
                 f"K/G = {per_group}"
             )
-        packed = torch.arange(k, device=rows.device)
         f = self.filters.long()
-        if len(f) != k or not torch.equal(f.sort().values, packed):
+        if len(f) != k:  # before anything of that size is made
+            raise ValueError(
+                f"PatternWeight: expected filters a permutation of 0 to {k - 1}, "
+                f"got {len(f)} entries"
+            )
+        packed = torch.arange(k, device=rows.device)
+        if not torch.equal(f.sort().values, packed):
             raise ValueError(f"PatternWeight: expected filters a permutation of 0 to {k - 1}")
         if bool((f // per_group != packed // per_group).any()):
             raise ValueError("PatternWeight: expected filters to stay in their group")

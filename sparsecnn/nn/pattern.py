@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from sparsecnn.formats.pattern import PatternWeight
+from sparsecnn.formats.pattern import INDEX_ARRAYS, PatternWeight
 from sparsecnn.nn._common import ConvDropIn
 from sparsecnn.ops.pattern_conv2d import run_pattern_conv2d
 
-_ARRAYS = ("values", "columns", "filters", "group_rows", "group_columns")
+_ARRAYS = ("values", *INDEX_ARRAYS)
 
 
 class PatternConv2d(ConvDropIn):
@@ -60,8 +60,25 @@ class PatternConv2d(ConvDropIn):
         self._adopt_conv(conv, activation, pattern=pattern)
         return self
 
-    def _pack(self, conv: nn.Conv2d, pattern: str | None = None) -> None:
-        packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
+    @classmethod
+    def _from_packed(cls, conv: nn.Conv2d, packed: PatternWeight, activation: str) -> Self:
+        """A layer with the arguments and the bias of a convolution and a weight packed before.
+
+        Args:
+            conv: its weight is not read and may be on the meta device.
+            packed: a valid weight of the convolution's shape and groups.
+            activation: fused behind it.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt_conv(conv, activation, packed=packed)
+        return self
+
+    def _pack(
+        self, conv: nn.Conv2d, pattern: str | None = None, packed: PatternWeight | None = None
+    ) -> None:
+        if packed is None:
+            packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
         self.weight_shape, self.pattern = packed.shape, packed.pattern
         self.values = nn.Parameter(packed.values, requires_grad=conv.weight.requires_grad)
         for name in _ARRAYS[1:]:
