@@ -1,6 +1,4 @@
 // winograd_conv2d: schema, checks, allocation.
-#include <algorithm>
-
 #include "core/winograd_tiles.h"
 #include "cpu/kernel_table.h"
 #include "ops/conv.h"
@@ -53,8 +51,7 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<
   const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
   params.tile = static_cast<int32_t>(tile);
   params.values = stored.const_data_ptr();
-  STD_TORCH_CHECK(params.dtype != DType::kFloat16, kOp,
-                  ": expected float32, bfloat16 or float64 on the CPU, got float16");
+  check_cpu_dtype(kOp, params.dtype);
   const cpu::WinogradKernels& table = cpu::kernels().winograd;
   if (cols) {
     params.col_idx = static_cast<const int32_t*>(cols->const_data_ptr());
@@ -67,18 +64,14 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<
   }
   if (tensors.y.numel() == 0) return tensors.y;
 
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t threads = cpu_threads();
   const cpu::WinogradPlan plan = cpu::winograd_plan(
       params, stored.numel(), params.dtype == DType::kFloat64 ? table.of_double : table.of_float,
       threads);
-  const int64_t workers = std::min(threads, plan.items);
-  char* const base = thread_scratch(kOp, workers * plan.thread_bytes);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      table.conv2d(params, plan, plan.items * w / workers, plan.items * (w + 1) / workers,
-                   base + w * plan.thread_bytes);
-    }
-  });
+  run_items(kOp, threads, plan.items, plan.thread_bytes,
+            [&](int64_t begin, int64_t end, char* scratch) {
+              table.conv2d(params, plan, begin, end, scratch);
+            });
   return tensors.y;
 }
 

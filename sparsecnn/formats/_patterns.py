@@ -14,6 +14,9 @@ PADDING_LIMIT = 0.1
 NM_FILLED = 0.8
 """Least share of what n:m allows that must be stored: a random mask of 98 % zeros is not 2:4."""
 NM_WINDOWS = (2, 4, 8, 16)
+_VECTOR = re.compile(r"vector([1-9]\d{0,9})")
+_RATIO = re.compile(r"([1-9]\d{0,9}):([1-9]\d{0,9})")
+_PLAIN_NAMES = ("none", "shape", "filter", "kernel", "cluster")
 
 Shape = tuple[int, int, int, int]
 
@@ -175,10 +178,23 @@ def find_pattern(keep: Tensor, shape: Shape, groups: int) -> Found:
     return best
 
 
+def is_pattern_name(name: object) -> bool:
+    """Whether a weight can be of a pattern of this name."""
+    if not isinstance(name, str):
+        return False
+    ratio = _RATIO.fullmatch(name)
+    is_ratio = ratio is not None and int(ratio[1]) <= int(ratio[2])
+    return name in _PLAIN_NAMES or _VECTOR.fullmatch(name) is not None or is_ratio
+
+
 def pattern_of(keep: Tensor, shape: Shape, groups: int, name: str) -> Found:
     """The cut of the pattern ``name``, or a ValueError that says what is there instead."""
-    vector = re.fullmatch(r"vector([1-9]\d*)", name) if isinstance(name, str) else None
-    ratio = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", name) if isinstance(name, str) else None
+    if not is_pattern_name(name):
+        raise ValueError(
+            "PatternWeight: expected pattern 'shape', 'filter', 'vectorV', 'kernel', 'cluster', "
+            f"'n:m' or 'none', got {name!r}"
+        )
+    vector, ratio = _VECTOR.fullmatch(name), _RATIO.fullmatch(name)
     entries = int(keep.sum())
     trouble = ""
     if name == "none":
@@ -194,16 +210,12 @@ def pattern_of(keep: Tensor, shape: Shape, groups: int, name: str) -> Found:
         found = _clusters(name, keep, groups, entries)
         if len(found.sizes) == shape[0] > 1:
             trouble = "filters of which no two have the same support"
-    elif ratio and int(ratio[1]) <= int(ratio[2]):
+    else:
+        assert ratio is not None
         found = _clusters(name, keep, groups, entries)
         most = _windows(keep, shape, int(ratio[2]))
         if most > int(ratio[1]):
             trouble = f"{most} entries in a window of {ratio[2]} channels"
-    else:
-        raise ValueError(
-            "PatternWeight: expected pattern 'shape', 'filter', 'vectorV', 'kernel', 'cluster', "
-            f"'n:m' or 'none', got {name!r}"
-        )
     if not trouble and found.padding > PADDING_LIMIT:
         trouble = f"{found.padding:.0%} zeros among the kept positions"
     if trouble:

@@ -39,7 +39,7 @@ from torch import Tensor
 from sparsecnn.formats._packed import PackedWeight
 from sparsecnn.formats._patterns import find_pattern, pattern_of
 
-_INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
+INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class PatternWeight(PackedWeight):
         Raises:
             ValueError: names the array that is corrupt and why.
         """
-        self._check_arrays(*_INDEX_ARRAYS)
+        self._check_arrays(*INDEX_ARRAYS)
         k, columns = self.shape[0], self.shape[1] * self.shape[2] * self.shape[3]
         if not isinstance(self.groups, int) or self.groups < 1 or k % self.groups:
             raise ValueError(
@@ -178,9 +178,14 @@ class PatternWeight(PackedWeight):
                 "PatternWeight: expected each filter group inside one group of the convolution, "
                 f"K/G = {per_group}"
             )
-        packed = torch.arange(k, device=rows.device)
         f = self.filters.long()
-        if len(f) != k or not torch.equal(f.sort().values, packed):
+        if len(f) != k:  # before anything of that size is made
+            raise ValueError(
+                f"PatternWeight: expected filters a permutation of 0 to {k - 1}, "
+                f"got {len(f)} entries"
+            )
+        packed = torch.arange(k, device=rows.device)
+        if not torch.equal(f.sort().values, packed):
             raise ValueError(f"PatternWeight: expected filters a permutation of 0 to {k - 1}")
         if bool((f // per_group != packed // per_group).any()):
             raise ValueError("PatternWeight: expected filters to stay in their group")

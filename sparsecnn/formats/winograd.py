@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsecnn.formats._packed import PackedWeight
 from sparsecnn.formats.csr import CSRWeight
 
 TILES = (2, 4)
@@ -94,7 +95,7 @@ def error_growth(tile: int) -> float:
 
 
 @dataclass(frozen=True)
-class WinogradWeight:
+class WinogradWeight(PackedWeight):
     """A 3x3 convolution weight in the Winograd domain.
 
     Attributes:
@@ -159,7 +160,8 @@ class WinogradWeight:
             raise TypeError(f"WinogradWeight: expected taps a floating-point tensor, got {got}")
         if taps.dim() != 3 or taps.shape[0] not in (16, 36):
             raise ValueError(
-                f"WinogradWeight: expected taps of shape (16 or 36, K, C/G), got {tuple(taps.shape)}"
+                "WinogradWeight: expected taps of shape (16 or 36, K, C/G), "
+                f"got {tuple(taps.shape)}"
             )
         k, c = taps.shape[1:]
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or k % groups:
@@ -191,6 +193,15 @@ class WinogradWeight:
             values = rows.to_dense().reshape(blocks, taps, BLOCK, c).transpose(2, 3)
         return _from_blocks(values, k, self.groups)
 
+    def stored(self, taps: Tensor) -> Tensor:
+        """Other taps in the layout of ``values``: of a sparse weight those at its positions."""
+        blocks = _to_blocks(taps, self.groups)
+        if self.col_idx is None or self.row_ptr is None:
+            return blocks
+        rows = CSRWeight(self.values, self.col_idx, self.row_ptr, (len(self.row_ptr) - 1, 0, 1, 1))
+        matrix = blocks.transpose(2, 3).reshape(-1, self.shape[1])
+        return matrix[rows.row_indices(), self.col_idx.long()]
+
     def to_dense(self) -> Tensor:
         """The spatial weight ``(K, C/G, 3, 3)`` whose transform is nearest (least squares).
 
@@ -221,12 +232,6 @@ class WinogradWeight:
         k, c = self.shape[:2]
         return self.nnz / ((self.tile + 2) ** 2 * k * c) if k * c else 0.0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        arrays = (self.values, self.col_idx, self.row_ptr)
-        return sum(t.numel() * t.element_size() for t in arrays if t is not None)
-
     def validate(self) -> WinogradWeight:
         """Check every invariant the kernels rely on; returns itself.
 
@@ -239,7 +244,8 @@ class WinogradWeight:
         shape = self.shape
         if len(shape) != 4 or any(not isinstance(n, int) or n < 0 for n in shape):
             raise ValueError(
-                f"WinogradWeight: expected shape (K, C/G, 3, 3) of non-negative integers, got {shape}"
+                "WinogradWeight: expected shape (K, C/G, 3, 3) of non-negative integers, "
+                f"got {shape}"
             )
         if tuple(shape[2:]) != (3, 3):
             raise ValueError(f"WinogradWeight: expected shape (K, C/G, 3, 3), got {shape}")

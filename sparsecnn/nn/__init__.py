@@ -10,6 +10,7 @@ from sparsecnn.nn.layout import apply_layout_
 from sparsecnn.nn.pattern import PatternConv2d
 from sparsecnn.nn.pointwise import PointwiseConv2d
 from sparsecnn.nn.residual import ResidualBlock
+from sparsecnn.nn.winograd import WinogradConv2d
 
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
 """Layers whose weight is stored in CSR, by the name used in files."""
@@ -24,5 +25,6 @@ __all__ = [
     "PatternConv2d",
     "PointwiseConv2d",
     "ResidualBlock",
+    "WinogradConv2d",
     "apply_layout_",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sparsecnn.formats._packed import PackedWeight
-from sparsecnn.formats.pattern import PatternWeight
+from sparsecnn.formats.pattern import INDEX_ARRAYS, PatternWeight
 from sparsecnn.nn._common import ConvDropIn
 from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.ops.pattern_conv2d import run_pattern_conv2d
@@ -26,7 +26,7 @@ class PatternConv2d(PackedLayer, ConvDropIn):
     training moves kept entries only, padding among them.
     """
 
-    _arrays = ("values", "columns", "filters", "group_rows", "group_columns")
+    _arrays = ("values", *INDEX_ARRAYS)
     columns: Tensor
     filters: Tensor
     group_rows: Tensor
@@ -57,8 +57,25 @@ class PatternConv2d(PackedLayer, ConvDropIn):
         self._adopt_conv(conv, activation, pattern=pattern)
         return self
 
-    def _pack(self, conv: nn.Conv2d, pattern: str | None = None) -> None:
-        packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
+    @classmethod
+    def _from_packed(cls, conv: nn.Conv2d, packed: PatternWeight, activation: str) -> Self:
+        """A layer with the arguments and the bias of a convolution and a weight packed before.
+
+        Args:
+            conv: its weight is not read and may be on the meta device.
+            packed: a valid weight of the convolution's shape and groups.
+            activation: fused behind it.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt_conv(conv, activation, packed=packed)
+        return self
+
+    def _pack(
+        self, conv: nn.Conv2d, pattern: str | None = None, packed: PatternWeight | None = None
+    ) -> None:
+        if packed is None:
+            packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
         self.pattern = packed.pattern
         self._hold(packed, conv.weight.requires_grad)
 

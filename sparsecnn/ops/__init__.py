@@ -6,6 +6,7 @@ from sparsecnn.ops.csr_conv2d import csr_conv2d, csr_linear
 from sparsecnn.ops.depthwise_conv2d import depthwise_conv2d
 from sparsecnn.ops.pattern_conv2d import pattern_conv2d
 from sparsecnn.ops.pointwise_conv2d import pointwise_conv2d
+from sparsecnn.ops.winograd_conv2d import winograd_conv2d
 
 __all__ = [
     "ChainStage",
@@ -15,4 +16,5 @@ __all__ = [
     "depthwise_conv2d",
     "pattern_conv2d",
     "pointwise_conv2d",
+    "winograd_conv2d",
 ]

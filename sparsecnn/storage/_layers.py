@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.formats.pattern import PatternWeight
 from sparsecnn.nn import (
     SPARSE_LAYERS,
     ChainConv2d,
     DepthwiseConv2d,
     FusedConv2d,
+    PatternConv2d,
     PointwiseConv2d,
     ResidualBlock,
 )
 from sparsecnn.nn._common import check_activation
+from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.nn.chain import ChainStageWeights
 
 CONTAINERS: dict[str, type[nn.Module]] = {
@@ -44,18 +47,25 @@ _TORCH_LAYERS = (
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax,
     nn.Softplus, nn.Tanh, nn.Unflatten, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d,
 )  # fmt: skip
+PACKED_LAYERS: dict[str, type[nn.Module]] = {**SPARSE_LAYERS, "PatternConv2d": PatternConv2d}
+"""Layers whose weight is a format of its own, stored as one packed tensor."""
+PackedWeight = CSRWeight | PatternWeight
 LAYERS: dict[str, type[nn.Module]] = {
     **{cls.__name__: cls for cls in _TORCH_LAYERS},
     "FusedConv2d": FusedConv2d,
     "ChainStageWeights": ChainStageWeights,
     "DepthwiseConv2d": DepthwiseConv2d,
     "PointwiseConv2d": PointwiseConv2d,
-    **SPARSE_LAYERS,
+    **PACKED_LAYERS,
 }
 ALLOWED: dict[str, type[nn.Module]] = {**CONTAINERS, **LAYERS}
 _NAMES = {cls: name for name, cls in ALLOWED.items()}
-# The dense layer each sparse layer is built from.
-_DENSE_OF: dict[str, type[nn.Module]] = {"CSRConv2d": nn.Conv2d, "CSRLinear": nn.Linear}
+# The dense layer each packed layer is built from.
+_DENSE_OF: dict[str, type[nn.Module]] = {
+    "CSRConv2d": nn.Conv2d,
+    "CSRLinear": nn.Linear,
+    "PatternConv2d": nn.Conv2d,
+}
 # Arguments that only say where and how tensors are made, and two deprecated spellings.
 _NOT_STORED = {"self", "device", "dtype", "min_value", "max_value"}
 # Arguments that do not change what a layer computes in evaluation mode.
@@ -105,7 +115,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any] | None:
         arguments[argument] = value is not None if argument == "bias" else value
         if not is_storable(arguments[argument]):
             return None
-    if name in SPARSE_LAYERS:
+    if name in PACKED_LAYERS:
         return arguments
     try:
         fresh = build(name, arguments)
@@ -128,24 +138,37 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = None) -> nn.Module:
+def packed_arrays(module: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors that make up the packed weight of a module; none of most."""
+    return module._arrays if isinstance(module, PackedLayer) else ()
+
+
+def build(
+    name: str, arguments: Mapping[str, Any], weight: PackedWeight | None = None
+) -> nn.Module:
     """Construct a layer without allocating its tensors.
 
     Args:
         name: an allowed type.
         arguments: its constructor arguments as read from JSON (lists stand for tuples).
-        weight: the packed weight, for a sparse layer and only for one.
+        weight: the packed weight, for a layer with one and only for such.
 
     Returns:
-        The layer, its tensors on the meta device; a sparse layer with its index arrays set.
+        The layer, its tensors on the meta device but for those of the packed weight.
 
     Raises:
         ValueError: unknown type or argument, or the constructor refuses the arguments.
     """
     check_arguments(name, arguments)
     tuples = {k: _tupled(v) for k, v in arguments.items()}
-    if (weight is not None) != (name in SPARSE_LAYERS):
-        raise ValueError(f"load: expected a packed CSR weight exactly for sparse layers, at {name}")
+    form = None
+    if name in PACKED_LAYERS:
+        form = PatternWeight if name == "PatternConv2d" else CSRWeight
+    if type(weight) is not (form or type(None)):
+        raise ValueError(
+            "load: expected a packed CSR weight exactly for CSR layers and one in a pattern for "
+            f"PatternConv2d, at {name}"
+        )
     try:
         with torch.device("meta"):
             if name == "ResidualBlock":  # its two children are read next
@@ -158,7 +181,16 @@ def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = No
                 return ALLOWED[name](**tuples)
             activation = tuples.pop("activation", "none")
             dense = _DENSE_OF[name](**tuples)
-        return _build_sparse(name, dense, activation, weight)
+        assert isinstance(dense, (nn.Conv2d, nn.Linear))
+        shape = tuple(dense.weight.shape)
+        if weight.shape != (*shape, 1, 1)[:4]:
+            raise ValueError(f"weight of shape {weight.shape} where the arguments make {shape}")
+        if isinstance(weight, CSRWeight):
+            return _build_csr(name, dense, activation, weight)
+        if weight.groups != dense.groups:
+            raise ValueError(f"weight of {weight.groups} groups where they are {dense.groups}")
+        assert isinstance(dense, nn.Conv2d)  # as said by _DENSE_OF
+        return PatternConv2d._from_packed(dense, weight, activation)
     except Exception as error:  # whatever a constructor says about foreign arguments
         raise ValueError(
             f"load: expected arguments {name} accepts, got {dict(arguments)!r:.200} "
@@ -166,13 +198,13 @@ def build(name: str, arguments: Mapping[str, Any], weight: CSRWeight | None = No
         ) from error
 
 
-def _build_sparse(name: str, dense: nn.Module, activation: str, weight: CSRWeight) -> nn.Module:
-    shape = tuple(dense.weight.shape)  # type: ignore[arg-type]
-    if weight.shape != (*shape, 1, 1)[:4]:
-        raise ValueError(f"weight of shape {weight.shape} where the arguments make {shape}")
+def _build_csr(
+    name: str, dense: nn.Conv2d | nn.Linear, activation: str, weight: CSRWeight
+) -> nn.Module:
     # Zeros of the full shape that take no memory: packing them gives the empty sparse layer.
     values = weight.values
-    dense.weight = nn.Parameter(values.new_zeros(()).expand(shape), requires_grad=True)
+    zeros = values.new_zeros(()).expand(dense.weight.shape)
+    dense.weight = nn.Parameter(zeros, requires_grad=True)
     sparse_type: Any = SPARSE_LAYERS[name]
     layer: nn.Module = sparse_type.from_dense(dense, activation=activation)
     layer.values = nn.Parameter(values)
@@ -218,8 +250,12 @@ _CONV_GEOMETRY = (
 )  # fmt: skip
 _LINEAR_GEOMETRY = ("in_features", "out_features")
 _CONTAINER_TYPES = tuple(CONTAINERS.values())
-_CONV_TYPES = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d, SPARSE_LAYERS["CSRConv2d"])
-_CONVS = {"Conv2d", "FusedConv2d", "CSRConv2d", "DepthwiseConv2d", "PointwiseConv2d"}
+_CONV_TYPES = (
+    nn.Conv2d, DepthwiseConv2d, PatternConv2d, PointwiseConv2d, SPARSE_LAYERS["CSRConv2d"],
+)  # fmt: skip
+_CONVS = {
+    "Conv2d", "FusedConv2d", "CSRConv2d", "DepthwiseConv2d", "PatternConv2d", "PointwiseConv2d",
+}  # fmt: skip
 _LINEARS = {"Linear", "CSRLinear"}
 
 

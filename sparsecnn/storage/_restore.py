@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn import SPARSE_LAYERS, apply_layout_
+from sparsecnn.nn import apply_layout_
 from sparsecnn.nn._common import inherit
 from sparsecnn.nn.layout import convert_input_, input_layouts
 from sparsecnn.storage import _layers
 from sparsecnn.storage.manifest import Manifest, ModuleRecord
 
 _SHOWN = 8  # names per error message
-_CSR_ARRAYS = ("values", "col_idx", "row_ptr")
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,13 @@ class Contents:
 
     Attributes:
         manifest: its structure.
-        state: tensor of every state key, tied ones the same object; CSR weights as three keys.
-        sparse: CSR weight of each sparse layer, by path.
+        state: tensor of every state key, tied ones the same object; of a packed weight its arrays.
+        sparse: packed weight of each layer that has one, by path.
     """
 
     manifest: Manifest
     state: dict[str, Tensor]
-    sparse: dict[str, CSRWeight]
+    sparse: dict[str, _layers.PackedWeight]
 
 
 @dataclass
@@ -189,7 +187,7 @@ def _decide(
             return act
         return None
     same_type = _layers.type_name(old) == record.type
-    if same_type and record.type not in SPARSE_LAYERS:
+    if same_type and record.type not in _layers.PACKED_LAYERS:
         difference = _layers.argument_difference(record.args, old)
         same_names = set(_layers.own_tensors(old)) == names
         if record.type in _layers.CONTAINERS or (difference is None and same_names):
@@ -300,7 +298,7 @@ def _check_shapes(slots: Mapping[str, tuple[nn.Module, str]], contents: Contents
     problems = []
     for key, (module, name) in slots.items():
         old, new = _layers.own_tensors(module)[name], contents.state[key]
-        if name in _CSR_ARRAYS and type(module) in SPARSE_LAYERS.values():
+        if name in _layers.packed_arrays(module):
             continue  # validated with the weight
         if old.shape != new.shape:
             problems.append(f"{key} {tuple(new.shape)} for {tuple(old.shape)}")

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnn.nn import SPARSE_LAYERS
 from sparsecnn.nn.layout import LAYOUTS
 from sparsecnn.storage import _layers
 
@@ -147,7 +146,7 @@ def describe(model: nn.Module) -> tuple[ModuleRecord, ...]:
         name = _layers.type_name(module)
         args = _layers.arguments_of(module) if name else None
         if name is None or args is None:
-            if name in SPARSE_LAYERS:
+            if name in _layers.PACKED_LAYERS:
                 raise ValueError(
                     f"save: expected {name} at {path} with its own attributes and forward, "
                     "got a modified one"

@@ -1,4 +1,4 @@
-"""Packing of one tensor: the smallest of raw, bitmask and relative index.
+"""Packing of one tensor: the smallest of raw, bitmask and relative index; pattern weights.
 
 A packed tensor of ``n`` elements, flattened in row-major order, is these arrays:
 
@@ -20,9 +20,14 @@ A packed tensor of ``n`` elements, flattened in row-major order, is these arrays
 The specification beside them (JSON) holds ``kind`` (``dense`` or ``csr``), ``layout``, ``shape``,
 ``signs`` (whether that array is there) and, for a relative index, ``bits`` and ``entries``.
 
+A weight in a pattern (kind ``pattern``) keeps its five arrays as they are (see
+``formats/pattern.py``): they share columns between filters, which is already smaller than an index
+per entry. Its specification holds ``kind``, ``shape``, ``groups`` and ``pattern``, the name.
+
 A file may claim a large tensor with few bytes. No tensor may unpack to more than ``MAX_EXPANSION``
 times its stored bytes (plus a small allowance), so what a file can make the reader allocate is
 bounded by its size; where a relative index would be too small for that, packing takes the bitmask.
+A weight in a pattern is never unpacked.
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsecnn import _codec
+from sparsecnn.formats._patterns import is_pattern_name
 from sparsecnn.formats.csr import CSRWeight
+from sparsecnn.formats.pattern import INDEX_ARRAYS, PatternWeight
 
 MAX_EXPANSION = 256
 _EXPANSION_FLOOR_BYTES = 64 * 1024
@@ -51,7 +58,7 @@ _BITS_OF = {
     torch.float64: torch.int64,
 }
 INDEX_NAME = {"bitmask": "mask", "relative": "gaps"}
-ARRAY_NAMES = ("values", "mask", "gaps", "signs")
+ARRAY_NAMES = ("values", "mask", "gaps", "signs", *INDEX_ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Packed:
 
     Attributes:
         spec: JSON-able description, see the module's text.
-        arrays: 1-d tensors by name: ``values``, ``mask`` or ``gaps``, maybe ``signs``.
+        arrays: 1-d tensors by name: ``values``, ``mask`` or ``gaps``, maybe ``signs``; of a weight
+            in a pattern its five arrays.
     """
 
     spec: dict[str, Any]
@@ -129,6 +137,28 @@ def pack_csr(weight: CSRWeight) -> Packed:
     return _pack(values, positions, tuple(weight.shape), "csr", k * columns)
 
 
+def pack_pattern(weight: PatternWeight) -> Packed:
+    """The arrays of a weight in a pattern, and what describes them.
+
+    Args:
+        weight: a valid weight on any device.
+
+    Raises:
+        ValueError: its arrays are corrupt, or its pattern has no name that a file can hold.
+    """
+    weight.validate()
+    if not is_pattern_name(weight.pattern):
+        raise ValueError(f"save: expected pattern the name of one, got {weight.pattern!r:.40}")
+    arrays = {n: getattr(weight, n).detach().cpu().contiguous() for n in ("values", *INDEX_ARRAYS)}
+    spec: dict[str, Any] = {
+        "kind": "pattern",
+        "shape": list(weight.shape),
+        "groups": weight.groups,
+        "pattern": weight.pattern,
+    }
+    return Packed(spec, arrays)
+
+
 def _pack(
     values: Tensor, positions: NDArray[np.int64], shape: tuple[int, ...], kind: str, total: int
 ) -> Packed:
@@ -174,18 +204,49 @@ def unpack_csr(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> CSRWeig
         ValueError: specification and arrays do not fit, or an index is corrupt.
     """
     values, positions, shape = _unpack(spec, arrays, "csr")
-    if len(shape) != 4 or math.prod(shape) >= 2**31:
+    weight_shape = _weight_shape(shape)
+    row_ptr, col_idx = _codec.positions_to_csr(positions, shape[0], math.prod(shape[1:]))
+    return CSRWeight(
+        values, torch.from_numpy(col_idx), torch.from_numpy(row_ptr), weight_shape
+    ).validate()
+
+
+def unpack_pattern(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> PatternWeight:
+    """The weight in its pattern as it was packed, validated.
+
+    The name of the pattern is checked to be one; no kernel relies on it.
+
+    Raises:
+        ValueError: specification and arrays do not fit, or an array is corrupt.
+
+    Cost: memory for a few int64 copies of the arrays, whatever the shape claims.
+    """
+    want, names = {"kind", "shape", "groups", "pattern"}, {"values", *INDEX_ARRAYS}
+    if set(spec) != want or set(arrays) != names:
+        raise ValueError(
+            f"unpack: expected fields {sorted(want)} and arrays {sorted(names)}, "
+            f"got {sorted(map(str, spec))} and {sorted(arrays)}"
+        )
+    groups, pattern = spec["groups"], spec["pattern"]
+    if type(groups) is not int or not is_pattern_name(pattern):
+        raise ValueError(
+            "unpack: expected groups an integer and pattern the name of one, "
+            f"got {groups!r:.40} and {pattern!r:.40}"
+        )
+    shape = _weight_shape(checked_shape(spec["shape"]))
+    return PatternWeight(
+        **{name: arrays[name] for name in ("values", *INDEX_ARRAYS)},
+        shape=shape, groups=groups, pattern=pattern,
+    ).validate()  # fmt: skip
+
+
+def _weight_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if len(shape) != 4 or math.prod(max(n, 1) for n in shape) >= 2**31:
         raise ValueError(
             "unpack: expected shape (K, C/G, R, S) with fewer than 2^31 elements, "
             f"got {list(shape)}"
         )
-    row_ptr, col_idx = _codec.positions_to_csr(positions, shape[0], math.prod(shape[1:]))
-    return CSRWeight(
-        values,
-        torch.from_numpy(col_idx),
-        torch.from_numpy(row_ptr),
-        (shape[0], shape[1], shape[2], shape[3]),
-    ).validate()
+    return shape[0], shape[1], shape[2], shape[3]
 
 
 def _unpack(

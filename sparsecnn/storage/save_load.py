@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn import SPARSE_LAYERS
+from sparsecnn.nn import CSRConv2d, CSRLinear, PatternConv2d
 from sparsecnn.nn.layout import input_layouts
 from sparsecnn.storage import _layers
 from sparsecnn.storage._restore import Contents, build_model, restore_into
@@ -33,8 +33,10 @@ from sparsecnn.storage.pack import (
     Packed,
     pack_csr,
     pack_dense,
+    pack_pattern,
     unpack_csr,
     unpack_dense,
+    unpack_pattern,
 )
 
 _DTYPES = {
@@ -48,7 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to one safetensors file.
 
     CSR weights, and dense weights with enough zeros, are stored as values and the smaller of a
-    bitmask and a relative index (Han, Mao, Dally, ICLR 2016); everything else raw. The file is
+    bitmask and a relative index (Han, Mao, Dally, ICLR 2016); weights in a pattern as their arrays;
+    everything else raw. The file is
     written beside the target and moved over it when complete: a failure leaves an existing target
     as it was.
 
@@ -136,15 +139,14 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
     records = describe(model)
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        is_sparse = type(module) in SPARSE_LAYERS.values()
+        in_packed = _layers.packed_arrays(module)
         is_first = first_path.setdefault(id(module), path) == path
         for name, tensor in _layers.own_tensors(module).items():
             key = prefix + name
             _check_storable(key, tensor)
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 frozen.append(key)
-            in_csr = is_sparse and name in ("values", "col_idx", "row_ptr")
-            if in_csr and is_first:
+            if name in in_packed and is_first:
                 first_key.setdefault(id(tensor), key)
                 continue
             original = first_key.setdefault(id(tensor), key)
@@ -156,10 +158,11 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
                 channels_last.append(key)
             done = pack_dense(plain)
             put(key, done, None if done else plain.contiguous())
-        if is_sparse and is_first:
+        if in_packed and is_first:
+            assert isinstance(module, (CSRConv2d, CSRLinear, PatternConv2d))
             weight = module.weight
-            assert isinstance(weight, CSRWeight)
-            put(prefix + "weight", pack_csr(weight), None)
+            done = pack_csr(weight) if isinstance(weight, CSRWeight) else pack_pattern(weight)
+            put(prefix + "weight", done, None)
     arrays = _unshared(arrays)
     manifest = Manifest(
         modules=records,
@@ -274,17 +277,20 @@ def _read(path: str) -> tuple[dict[str, Tensor], Manifest]:
 def _unflatten(arrays: dict[str, Tensor], manifest: Manifest) -> Contents:
     """Unpack the arrays to the state."""
     state: dict[str, Tensor] = {}
-    sparse: dict[str, CSRWeight] = {}
+    sparse: dict[str, _layers.PackedWeight] = {}
     rest = dict(arrays)
     for key, spec in manifest.packed.items():
         mine = {n: rest.pop(f"{key}#{n}") for n in ARRAY_NAMES if f"{key}#{n}" in rest}
         path, _, name = key.rpartition(".")
         try:
-            if spec.get("kind") == "csr" and name == "weight":
-                weight = sparse[path] = unpack_csr(spec, mine)
+            if spec.get("kind") in ("csr", "pattern") and name == "weight":
+                is_csr = spec["kind"] == "csr"
+                weight = unpack_csr(spec, mine) if is_csr else unpack_pattern(spec, mine)
+                sparse[path] = weight
                 prefix = key.removesuffix("weight")
-                for attribute in ("values", "col_idx", "row_ptr"):
-                    state[prefix + attribute] = getattr(weight, attribute)
+                for attribute, array in vars(weight).items():
+                    if isinstance(array, Tensor):
+                        state[prefix + attribute] = array
             else:
                 state[key] = unpack_dense(spec, mine)
         except (ValueError, TypeError) as error:

@@ -115,8 +115,11 @@ def test_dense_kernels_with_their_activations(into: object, tmp_path: Path) -> N
 
 def test_a_layer_that_no_file_holds_is_refused(tmp_path: Path) -> None:
     # Loaded as the dense layer that it replaced it would lose its activation.
-    model = nn.Sequential(PatternConv2d.from_dense(nn.Conv2d(3, 4, 3), activation="relu"))
-    with pytest.raises(ValueError, match=r"save: expected .*PatternConv2d at 0; sparsecnn.densify"):
+    class Mine(PatternConv2d):
+        """A type that a file would have to construct."""
+
+    model = nn.Sequential(Mine.from_dense(nn.Conv2d(3, 4, 3), activation="relu"))
+    with pytest.raises(ValueError, match=r"save: expected .*got Mine at 0; sparsecnn.densify"):
         save(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -226,6 +226,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "PointwiseConv2d": (4, 6, 1, 2),
     "CSRConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
     "CSRLinear": (5, 6),
+    "PatternConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
     "ChannelShuffle": (2,),
     "FusedConv2d": (4, 6, 3),
     "GroupNorm": (2, 6),

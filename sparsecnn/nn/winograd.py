@@ -1,0 +1,136 @@
+"""``WinogradConv2d``: a 3x3 convolution whose weight is kept in the Winograd domain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from sparsecnn.formats.winograd import WinogradWeight, check_tile
+from sparsecnn.nn._common import ConvDropIn
+from sparsecnn.nn._packed import PackedLayer
+from sparsecnn.ops.winograd_conv2d import run_winograd_conv2d
+
+
+class WinogradConv2d(PackedLayer, ConvDropIn):
+    """``nn.Conv2d`` 3x3 of stride 1 by ``F(m x m, 3 x 3)``, dense or sparse, with fused activation.
+
+    The arguments are those of ``nn.Conv2d``, and ``tile``, which is m; a kernel other than 3x3,
+    stride and dilation are refused by name. ``values`` and ``bias`` are trainable: the weight is
+    trained where it is kept, in the Winograd domain, and a sparse one at its positions only.
+
+    State dict: ``values``, ``bias`` and of a sparse weight ``col_idx`` and ``row_ptr``. A dense
+    ``weight`` loads too; a sparse layer keeps its positions.
+    """
+
+    values: nn.Parameter
+    col_idx: Tensor | None
+    row_ptr: Tensor | None
+    tile: int
+
+    def __init__(self, *args: object, tile: int = 4, **kwargs: object) -> None:
+        check_tile(type(self).__name__, tile)
+        self.__dict__["tile"] = tile
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        tile: int = 4,
+        *,
+        mask: Tensor | None = None,
+        activation: str = "none",
+    ) -> Self:
+        """Take the place of a convolution: its transformed weight, its bias, flags and hooks.
+
+        Args:
+            conv: 3x3, stride 1, dilation 1; masks and parametrizations are baked in.
+            tile: m, 2 or 4: what 4 saves and loses, see ``ops.winograd_conv2d``.
+            mask: ``(T, K, C/G)`` boolean, ``T = (m + 2)^2``: taps to keep, the others are pruned
+                and the weight becomes sparse.
+            activation: fused behind it.
+
+        Raises:
+            TypeError: ``conv`` is not an ``nn.Conv2d``, or ``mask`` is not boolean.
+            ValueError: another tile, or a mask of another shape.
+            NotImplementedError: a geometry that the transform does not cover.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(
+                f"{cls.__name__}: expected conv an nn.Conv2d, got {type(conv).__name__}"
+            )
+        check_tile(cls.__name__, tile)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.tile = tile
+        self._adopt_conv(conv, activation, mask=mask)
+        return self
+
+    def _pack(self, conv: nn.Conv2d, mask: Tensor | None = None) -> None:
+        name = type(self).__name__
+        for argument, expected in (("kernel_size", (3, 3)), ("stride", (1, 1))):
+            if tuple(getattr(conv, argument)) != expected:
+                raise NotImplementedError(
+                    f"{name}: expected {argument} {expected[0]}, "
+                    f"got {tuple(getattr(conv, argument))}"
+                )
+        if tuple(conv.dilation) != (1, 1):
+            raise NotImplementedError(f"{name}: expected dilation 1, got {tuple(conv.dilation)}")
+        packed = WinogradWeight.from_dense(conv.weight, conv.groups, self.tile)
+        if mask is not None:
+            packed = _masked(name, packed, mask)
+        self._hold(packed, conv.weight.requires_grad)
+
+    @property
+    def _arrays(self) -> tuple[str, ...]:  # type: ignore[override]
+        sparse = self.col_idx is not None
+        return ("values", "col_idx", "row_ptr") if sparse else ("values",)
+
+    def _hold(self, packed: WinogradWeight, requires_grad: bool) -> None:  # type: ignore[override]
+        self.weight_shape = packed.shape
+        self.values = nn.Parameter(packed.values, requires_grad=requires_grad)
+        self.register_buffer("col_idx", packed.col_idx)
+        self.register_buffer("row_ptr", packed.row_ptr)
+
+    def _pack_dense(self, dense: Tensor) -> WinogradWeight:
+        packed = WinogradWeight.from_dense(dense, self.groups, self.tile)
+        if self.col_idx is None:
+            return packed
+        values = self.weight.stored(packed.taps())
+        return WinogradWeight(
+            values, self.col_idx, self.row_ptr, packed.shape, self.groups, self.tile
+        )
+
+    @property
+    def weight(self) -> WinogradWeight:
+        """The packed weight, sharing the layer's tensors."""
+        return WinogradWeight(
+            self.values, self.col_idx, self.row_ptr, self.weight_shape, self.groups, self.tile
+        )
+
+    @property
+    def nnz(self) -> int:
+        """Stored values, without the zeros that fill a block of filters."""
+        return self.weight.nnz
+
+    def _format_repr(self) -> str:
+        sparse = f", density={self.density:.3f}" if self.col_idx is not None else ""
+        return f", tile={self.tile}{sparse}"
+
+    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return run_winograd_conv2d(
+            x, self.weight, self.bias, residual, self._geometry, self.groups, self.activation
+        )
+
+
+def _masked(name: str, packed: WinogradWeight, mask: Tensor) -> WinogradWeight:
+    taps = packed.taps()
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: expected mask a boolean tensor, got {got}")
+    if mask.shape != taps.shape:
+        raise ValueError(
+            f"{name}: expected mask of shape {tuple(taps.shape)}, got {tuple(mask.shape)}"
+        )
+    return WinogradWeight.from_taps(taps * mask, packed.groups, sparse=True)
