@@ -18,7 +18,6 @@ all.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +62,6 @@ def _matrices(tile: int) -> tuple[list[list[float]], list[list[float]], list[lis
     return [*g, [0, 0, 1]], bt, at
 
 
-@functools.lru_cache(maxsize=64)
 def transforms(
     tile: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +69,7 @@ def transforms(
 
     Interpolation points: 0, 1, -1 and infinity for m = 2; 0, +-5/8, +-3/2 and infinity for m = 4.
     """
-    with torch.inference_mode(False):
-        g, bt, at = (torch.tensor(m, dtype=dtype, device=device) for m in _matrices(tile))
+    g, bt, at = (torch.tensor(m, dtype=dtype, device=device) for m in _matrices(tile))
     return g, bt, at
 
 
