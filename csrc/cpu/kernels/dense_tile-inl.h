@@ -252,47 +252,38 @@ void dense_tile_half(const DenseRun<V, S>& run, TilePosition from) {
 template <class V, class S>
 using DenseTileKernel = void (*)(const DenseRun<V, S>&, TilePosition);
 
-template <class V, class S, int MaxM, int M, int N, bool Half>
-constexpr DenseTileKernel<V, S> dense_tile_kernel() {
-  if constexpr (M > MaxM || (Half && !V::kHalves)) {
-    return nullptr;
-  } else if constexpr (Half) {
-    return &dense_tile_half<V, S, M, N>;
-  } else {
-    return &dense_tile<V, S, M, N>;
-  }
-}
+// Kernels of tiles of M = 1 to MaxM: table[M] is Cell::kernel<M>(), table[0] is null.
+template <class Cell, int MaxM, int... M>
+struct TileTable : TileTable<Cell, MaxM - 1, MaxM, M...> {};
 
-#define SPARSECNN_CELL(M) dense_tile_kernel<V, S, MaxM, M, N, Half>()
-template <class V, class S, int MaxM, int N, bool Half>
-struct DenseTiles {
-  static_assert(MaxM <= 14, "the table is that long");
-  static constexpr DenseTileKernel<V, S> table[15] = {nullptr,
-                                                      SPARSECNN_CELL(1),
-                                                      SPARSECNN_CELL(2),
-                                                      SPARSECNN_CELL(3),
-                                                      SPARSECNN_CELL(4),
-                                                      SPARSECNN_CELL(5),
-                                                      SPARSECNN_CELL(6),
-                                                      SPARSECNN_CELL(7),
-                                                      SPARSECNN_CELL(8),
-                                                      SPARSECNN_CELL(9),
-                                                      SPARSECNN_CELL(10),
-                                                      SPARSECNN_CELL(11),
-                                                      SPARSECNN_CELL(12),
-                                                      SPARSECNN_CELL(13),
-                                                      SPARSECNN_CELL(14)};
+template <class Cell, int... M>
+struct TileTable<Cell, 0, M...> {
+  static constexpr typename Cell::Kernel table[] = {nullptr, Cell::template kernel<M>()...};
 };
-#undef SPARSECNN_CELL
+
+template <class V, class S, int N, bool Half>
+struct DenseCell {
+  using Kernel = DenseTileKernel<V, S>;
+  template <int M>
+  static constexpr Kernel kernel() {
+    if constexpr (Half && V::kHalves) {
+      return &dense_tile_half<V, S, M, N>;
+    } else {
+      return &dense_tile<V, S, M, N>;
+    }
+  }
+};
 
 // The tiles for `filters` output channels, at most two vectors.
 template <class V, class S, int MaxM>
 SPARSECNN_INLINE const DenseTileKernel<V, S>* dense_tiles(int64_t filters) {
   const bool half = V::kHalves && (filters - 1) % V::L < V::L / 2;
   if (filters > V::L) {
-    return half ? DenseTiles<V, S, MaxM, 2, true>::table : DenseTiles<V, S, MaxM, 2, false>::table;
+    return half ? TileTable<DenseCell<V, S, 2, true>, MaxM>::table
+                : TileTable<DenseCell<V, S, 2, false>, MaxM>::table;
   }
-  return half ? DenseTiles<V, S, MaxM, 1, true>::table : DenseTiles<V, S, MaxM, 1, false>::table;
+  return half ? TileTable<DenseCell<V, S, 1, true>, MaxM>::table
+              : TileTable<DenseCell<V, S, 1, false>, MaxM>::table;
 }
 
 // All pixels of a run, in tiles of at most MaxM and of nearly equal size: tile(m, position).

@@ -55,39 +55,14 @@ void planes_tile(const PlanesRun<V>& run, int64_t k, const OutputRows<typename V
   store_tile<V, T, M, N>(acc, out, TilePosition{0, k, 0}, run.last_mask);
 }
 
-template <class V>
-using PlanesTileKernel = void (*)(const PlanesRun<V>&, int64_t, const OutputRows<typename V::T>&);
-
-template <class V, int MaxM, int M, int N>
-constexpr PlanesTileKernel<V> planes_tile_kernel() {
-  if constexpr (M <= MaxM) {
+template <class V, int N>
+struct PlanesCell {
+  using Kernel = void (*)(const PlanesRun<V>&, int64_t, const OutputRows<typename V::T>&);
+  template <int M>
+  static constexpr Kernel kernel() {
     return &planes_tile<V, M, N>;
-  } else {
-    return nullptr;
   }
-}
-
-#define SPARSECNN_CELL(M) planes_tile_kernel<V, MaxM, M, N>()
-template <class V, int MaxM, int N>
-struct PlanesTiles {
-  static_assert(MaxM <= 14, "the table is that long");
-  static constexpr PlanesTileKernel<V> table[15] = {nullptr,
-                                                    SPARSECNN_CELL(1),
-                                                    SPARSECNN_CELL(2),
-                                                    SPARSECNN_CELL(3),
-                                                    SPARSECNN_CELL(4),
-                                                    SPARSECNN_CELL(5),
-                                                    SPARSECNN_CELL(6),
-                                                    SPARSECNN_CELL(7),
-                                                    SPARSECNN_CELL(8),
-                                                    SPARSECNN_CELL(9),
-                                                    SPARSECNN_CELL(10),
-                                                    SPARSECNN_CELL(11),
-                                                    SPARSECNN_CELL(12),
-                                                    SPARSECNN_CELL(13),
-                                                    SPARSECNN_CELL(14)};
 };
-#undef SPARSECNN_CELL
 
 // Rows of a slab, zeros behind the last pixel.
 template <class V>
@@ -140,7 +115,8 @@ void pointwise_planes(const PointwiseConv2dParams& params, const cpu::PointwiseP
     int64_t k = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = size + (t < larger);
-      (two ? PlanesTiles<V, MaxM, 2>::table : PlanesTiles<V, MaxM, 1>::table)[m](run, k, out);
+      (two ? TileTable<PlanesCell<V, 2>, MaxM>::table
+           : TileTable<PlanesCell<V, 1>, MaxM>::table)[m](run, k, out);
       k += m;
     }
   }

@@ -76,45 +76,20 @@ void window_tile(const WindowRun<V, S>& run, TilePosition from) {
   store_tile<V, S, M, 1>(acc, run.out, from, run.mask);
 }
 
-template <class V, class S>
-using WindowTileKernel = void (*)(const WindowRun<V, S>&, TilePosition);
-
-template <class V, class S, int Taps, int Step, int MaxM, int M>
-constexpr WindowTileKernel<V, S> window_tile_kernel() {
-  if constexpr (M <= MaxM) {
+template <class V, class S, int Taps, int Step>
+struct WindowCell {
+  using Kernel = void (*)(const WindowRun<V, S>&, TilePosition);
+  template <int M>
+  static constexpr Kernel kernel() {
     return &window_tile<V, S, M, Taps, Step>;
-  } else {
-    return nullptr;
   }
-}
-
-#define SPARSECNN_CELL(M) window_tile_kernel<V, S, Taps, Step, MaxM, M>()
-template <class V, class S, int Taps, int Step, int MaxM>
-struct WindowTiles {
-  static_assert(MaxM <= 14, "the table is that long");
-  static constexpr WindowTileKernel<V, S> table[15] = {nullptr,
-                                                       SPARSECNN_CELL(1),
-                                                       SPARSECNN_CELL(2),
-                                                       SPARSECNN_CELL(3),
-                                                       SPARSECNN_CELL(4),
-                                                       SPARSECNN_CELL(5),
-                                                       SPARSECNN_CELL(6),
-                                                       SPARSECNN_CELL(7),
-                                                       SPARSECNN_CELL(8),
-                                                       SPARSECNN_CELL(9),
-                                                       SPARSECNN_CELL(10),
-                                                       SPARSECNN_CELL(11),
-                                                       SPARSECNN_CELL(12),
-                                                       SPARSECNN_CELL(13),
-                                                       SPARSECNN_CELL(14)};
 };
-#undef SPARSECNN_CELL
 
 template <class V, class S, int Taps, int Step, int MaxM>
 SPARSECNN_INLINE void window_tiles(const WindowRun<V, S>& run, int64_t pixels) {
   for_tiles<MaxM>(pixels, run.taps.pixel, run.out,
                   [&](int64_t m, TilePosition at) __attribute__((always_inline)) {
-                    WindowTiles<V, S, Taps, Step, MaxM>::table[m](run, at);
+                    TileTable<WindowCell<V, S, Taps, Step>, MaxM>::table[m](run, at);
                   });
 }
 
