@@ -23,6 +23,7 @@ from ..nn import (
     FusedConv2d,
     PatternConv2d,
     PointwiseConv2d,
+    WinogradConv2d,
 )
 from ..nn._common import ConvDropIn
 from .copy import LAYOUTS, in_layout
@@ -32,6 +33,9 @@ from .copy import LAYOUTS, in_layout
 MAX_DENSITY = 0.7
 # Filters that share their columns are multiplied at the rate of a dense layer.
 MAX_PATTERN_DENSITY = 0.9
+# A transformed weight has no zeros left; with fewer nonzeros than this, skipping them saves more
+# than either transform, and with fewer channels a group the transforms cost more than they save.
+MIN_WINOGRAD_DENSITY, MIN_WINOGRAD_CHANNELS = 0.12, 8
 _CSR_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -162,6 +166,28 @@ def _pointwise_applies(layer: Layer) -> str | None:
     return _refused(layer, _DENSE_DTYPES)
 
 
+def _winograd_applies(layer: Layer) -> str | None:
+    m = layer.module
+    if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (3, 3):
+        return "not a 3x3 convolution"
+    if tuple(m.stride) != (1, 1) or tuple(m.dilation) != (1, 1):
+        return f"stride {tuple(m.stride)}, dilation {tuple(m.dilation)}"
+    if layer.density < MIN_WINOGRAD_DENSITY:
+        return f"density {layer.density:.2f} below {MIN_WINOGRAD_DENSITY}"
+    if m.in_channels // m.groups < MIN_WINOGRAD_CHANNELS:
+        return f"fewer than {MIN_WINOGRAD_CHANNELS} channels a group"
+    # bfloat16 would round in the Winograd domain, where errors grow.
+    return _refused(layer, {"cpu": (torch.float32,)})
+
+
+def _winograd_build(tile: int) -> Callable[[Layer], nn.Module]:
+    def build(layer: Layer) -> nn.Module:
+        assert isinstance(layer.module, nn.Conv2d)
+        return WinogradConv2d.from_dense(layer.module, tile, activation=layer.activation)
+
+    return build
+
+
 def _conv_build(kind: type[ConvDropIn]) -> Callable[[Layer], nn.Module]:
     def build(layer: Layer) -> nn.Module:
         assert isinstance(layer.module, nn.Conv2d)
@@ -177,6 +203,8 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("pattern", _pattern_applies, _conv_build(PatternConv2d)),
         Candidate("depthwise", _depthwise_applies, _conv_build(DepthwiseConv2d)),
         Candidate("pointwise", _pointwise_applies, _conv_build(PointwiseConv2d)),
+        Candidate("winograd2", _winograd_applies, _winograd_build(2), 2.0),
+        Candidate("winograd4", _winograd_applies, _winograd_build(4), 8.0),
     )
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -23,15 +26,37 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
     ``weight`` loads too; a sparse layer keeps its positions.
     """
 
+    keeps_memory_format: ClassVar[bool] = True
     values: nn.Parameter
     col_idx: Tensor | None
     row_ptr: Tensor | None
     tile: int
 
-    def __init__(self, *args: object, tile: int = 4, **kwargs: object) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tile: int = 4,
+        activation: str = "none",
+    ) -> None:
         check_tile(type(self).__name__, tile)
-        self.__dict__["tile"] = tile
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        nn.Module.__init__(self)
+        self.tile = tile
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._adopt_conv(conv, activation)
 
     @classmethod
     def from_dense(
@@ -67,7 +92,24 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
         self._adopt_conv(conv, activation, mask=mask)
         return self
 
-    def _pack(self, conv: nn.Conv2d, mask: Tensor | None = None) -> None:
+    @classmethod
+    def _from_packed(cls, conv: nn.Conv2d, packed: WinogradWeight, activation: str) -> Self:
+        """A layer with the arguments and the bias of a convolution and a weight packed before.
+
+        Args:
+            conv: its weight is not read and may be on the meta device.
+            packed: a valid weight of the convolution's shape and groups.
+            activation: fused behind it.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.tile = packed.tile
+        self._adopt_conv(conv, activation, packed=packed)
+        return self
+
+    def _pack(
+        self, conv: nn.Conv2d, mask: Tensor | None = None, packed: WinogradWeight | None = None
+    ) -> None:
         name = type(self).__name__
         for argument, expected in (("kernel_size", (3, 3)), ("stride", (1, 1))):
             if tuple(getattr(conv, argument)) != expected:
@@ -77,7 +119,8 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
                 )
         if tuple(conv.dilation) != (1, 1):
             raise NotImplementedError(f"{name}: expected dilation 1, got {tuple(conv.dilation)}")
-        packed = WinogradWeight.from_dense(conv.weight, conv.groups, self.tile)
+        if packed is None:
+            packed = WinogradWeight.from_dense(conv.weight, conv.groups, self.tile)
         if mask is not None:
             packed = _masked(name, packed, mask)
         self._hold(packed, conv.weight.requires_grad)
@@ -113,6 +156,12 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
     def nnz(self) -> int:
         """Stored values, without the zeros that fill a block of filters."""
         return self.weight.nnz
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Moves and casts; the order of the weight in memory survives ``memory_format``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.values.data = self.values.data.contiguous()
+        return self
 
     def _format_repr(self) -> str:
         sparse = f", density={self.density:.3f}" if self.col_idx is not None else ""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.formats.pattern import PatternWeight
+from sparsecnn.formats.winograd import WinogradWeight
 from sparsecnn.nn import (
     SPARSE_LAYERS,
     ChainConv2d,
@@ -24,6 +25,7 @@ from sparsecnn.nn import (
     PatternConv2d,
     PointwiseConv2d,
     ResidualBlock,
+    WinogradConv2d,
 )
 from sparsecnn.nn._common import check_activation
 from sparsecnn.nn._packed import PackedLayer
@@ -47,9 +49,19 @@ _TORCH_LAYERS = (
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax,
     nn.Softplus, nn.Tanh, nn.Unflatten, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d,
 )  # fmt: skip
-PACKED_LAYERS: dict[str, type[nn.Module]] = {**SPARSE_LAYERS, "PatternConv2d": PatternConv2d}
+PACKED_LAYERS: dict[str, type[nn.Module]] = {
+    **SPARSE_LAYERS,
+    "PatternConv2d": PatternConv2d,
+    "WinogradConv2d": WinogradConv2d,
+}
 """Layers whose weight is a format of its own, stored as one packed tensor."""
-PackedWeight = CSRWeight | PatternWeight
+PackedWeight = CSRWeight | PatternWeight | WinogradWeight
+_FORM_OF = {
+    "CSRConv2d": CSRWeight,
+    "CSRLinear": CSRWeight,
+    "PatternConv2d": PatternWeight,
+    "WinogradConv2d": WinogradWeight,
+}
 LAYERS: dict[str, type[nn.Module]] = {
     **{cls.__name__: cls for cls in _TORCH_LAYERS},
     "FusedConv2d": FusedConv2d,
@@ -65,6 +77,7 @@ _DENSE_OF: dict[str, type[nn.Module]] = {
     "CSRConv2d": nn.Conv2d,
     "CSRLinear": nn.Linear,
     "PatternConv2d": nn.Conv2d,
+    "WinogradConv2d": nn.Conv2d,
 }
 # Arguments that only say where and how tensors are made, and two deprecated spellings.
 _NOT_STORED = {"self", "device", "dtype", "min_value", "max_value"}
@@ -161,13 +174,11 @@ def build(
     """
     check_arguments(name, arguments)
     tuples = {k: _tupled(v) for k, v in arguments.items()}
-    form = None
-    if name in PACKED_LAYERS:
-        form = PatternWeight if name == "PatternConv2d" else CSRWeight
-    if type(weight) is not (form or type(None)):
+    form = _FORM_OF.get(name, type(None))
+    if type(weight) is not form:
         raise ValueError(
-            "load: expected a packed CSR weight exactly for CSR layers and one in a pattern for "
-            f"PatternConv2d, at {name}"
+            f"load: expected {form.__name__} as packed weight of {name}, "
+            f"got {type(weight).__name__}"
         )
     try:
         with torch.device("meta"):
@@ -179,7 +190,7 @@ def build(
                 return ChainStageWeights(nn.Conv2d(**tuples), activation)
             if weight is None:
                 return ALLOWED[name](**tuples)
-            activation = tuples.pop("activation", "none")
+            activation, tile = tuples.pop("activation", "none"), tuples.pop("tile", None)
             dense = _DENSE_OF[name](**tuples)
         assert isinstance(dense, (nn.Conv2d, nn.Linear))
         shape = tuple(dense.weight.shape)
@@ -190,7 +201,11 @@ def build(
         if weight.groups != dense.groups:
             raise ValueError(f"weight of {weight.groups} groups where they are {dense.groups}")
         assert isinstance(dense, nn.Conv2d)  # as said by _DENSE_OF
-        return PatternConv2d._from_packed(dense, weight, activation)
+        if isinstance(weight, PatternWeight):
+            return PatternConv2d._from_packed(dense, weight, activation)
+        if weight.tile != tile:
+            raise ValueError(f"weight of tile {weight.tile} where it is {tile}")
+        return WinogradConv2d._from_packed(dense, weight, activation)
     except Exception as error:  # whatever a constructor says about foreign arguments
         raise ValueError(
             f"load: expected arguments {name} accepts, got {dict(arguments)!r:.200} "
@@ -251,10 +266,12 @@ _CONV_GEOMETRY = (
 _LINEAR_GEOMETRY = ("in_features", "out_features")
 _CONTAINER_TYPES = tuple(CONTAINERS.values())
 _CONV_TYPES = (
-    nn.Conv2d, DepthwiseConv2d, PatternConv2d, PointwiseConv2d, SPARSE_LAYERS["CSRConv2d"],
+    nn.Conv2d, DepthwiseConv2d, PatternConv2d, PointwiseConv2d, WinogradConv2d,
+    SPARSE_LAYERS["CSRConv2d"],
 )  # fmt: skip
 _CONVS = {
     "Conv2d", "FusedConv2d", "CSRConv2d", "DepthwiseConv2d", "PatternConv2d", "PointwiseConv2d",
+    "WinogradConv2d",
 }  # fmt: skip
 _LINEARS = {"Linear", "CSRLinear"}
 

@@ -1,4 +1,4 @@
-"""Packing of one tensor: the smallest of raw, bitmask and relative index; pattern weights.
+"""Packing of one tensor: the smallest of raw, bitmask and relative index; packed weights.
 
 A packed tensor of ``n`` elements, flattened in row-major order, is these arrays:
 
@@ -22,12 +22,14 @@ The specification beside them (JSON) holds ``kind`` (``dense`` or ``csr``), ``la
 
 A weight in a pattern (kind ``pattern``) keeps its five arrays as they are (see
 ``formats/pattern.py``): they share columns between filters, which is already smaller than an index
-per entry. Its specification holds ``kind``, ``shape``, ``groups`` and ``pattern``, the name.
+per entry. Its specification holds ``kind``, ``shape``, ``groups`` and ``pattern``, the name. So
+does a weight in the Winograd domain (kind ``winograd``, see ``formats/winograd.py``), whose
+specification has ``tile`` instead of ``pattern``.
 
 A file may claim a large tensor with few bytes. No tensor may unpack to more than ``MAX_EXPANSION``
 times its stored bytes (plus a small allowance), so what a file can make the reader allocate is
 bounded by its size; where a relative index would be too small for that, packing takes the bitmask.
-A weight in a pattern is never unpacked.
+Those two kinds are never unpacked.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from sparsecnn import _codec
 from sparsecnn.formats._patterns import is_pattern_name
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.formats.pattern import INDEX_ARRAYS, PatternWeight
+from sparsecnn.formats.winograd import WinogradWeight
 
 MAX_EXPANSION = 256
 _EXPANSION_FLOOR_BYTES = 64 * 1024
@@ -58,7 +61,24 @@ _BITS_OF = {
     torch.float64: torch.int64,
 }
 INDEX_NAME = {"bitmask": "mask", "relative": "gaps"}
-ARRAY_NAMES = ("values", "mask", "gaps", "signs", *INDEX_ARRAYS)
+ARRAY_NAMES = ("values", "mask", "gaps", "signs", *INDEX_ARRAYS, "col_idx", "row_ptr")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A format that files hold as its arrays: the weight's class, and what describes it."""
+
+    weight: Any
+    indices: tuple[str, ...]
+    field: str  # of the class, beside shape and groups
+    indices_are_optional: bool = False
+
+
+_FORMS = {
+    "pattern": _Form(PatternWeight, INDEX_ARRAYS, "pattern"),
+    "winograd": _Form(WinogradWeight, ("col_idx", "row_ptr"), "tile", True),
+}
+ARRAY_KINDS = tuple(_FORMS)
 
 
 @dataclass(frozen=True)
@@ -137,8 +157,8 @@ def pack_csr(weight: CSRWeight) -> Packed:
     return _pack(values, positions, tuple(weight.shape), "csr", k * columns)
 
 
-def pack_pattern(weight: PatternWeight) -> Packed:
-    """The arrays of a weight in a pattern, and what describes them.
+def pack_arrays(weight: PatternWeight | WinogradWeight) -> Packed:
+    """The arrays of a weight in a pattern or in the Winograd domain, and what describes them.
 
     Args:
         weight: a valid weight on any device.
@@ -147,15 +167,14 @@ def pack_pattern(weight: PatternWeight) -> Packed:
         ValueError: its arrays are corrupt, or its pattern has no name that a file can hold.
     """
     weight.validate()
-    if not is_pattern_name(weight.pattern):
+    if isinstance(weight, PatternWeight) and not is_pattern_name(weight.pattern):
         raise ValueError(f"save: expected pattern the name of one, got {weight.pattern!r:.40}")
-    arrays = {n: getattr(weight, n).detach().cpu().contiguous() for n in ("values", *INDEX_ARRAYS)}
-    spec: dict[str, Any] = {
-        "kind": "pattern",
-        "shape": list(weight.shape),
-        "groups": weight.groups,
-        "pattern": weight.pattern,
-    }
+    kind = next(kind for kind, form in _FORMS.items() if type(weight) is form.weight)
+    form = _FORMS[kind]
+    spec: dict[str, Any] = {"kind": kind, "shape": list(weight.shape), "groups": weight.groups}
+    spec |= {form.field: getattr(weight, form.field)}
+    held = {name: getattr(weight, name) for name in ("values", *form.indices)}
+    arrays = {n: t.detach().cpu().contiguous() for n, t in held.items() if t is not None}
     return Packed(spec, arrays)
 
 
@@ -211,33 +230,41 @@ def unpack_csr(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> CSRWeig
     ).validate()
 
 
-def unpack_pattern(spec: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> PatternWeight:
-    """The weight in its pattern as it was packed, validated.
+def unpack_arrays(
+    spec: Mapping[str, Any], arrays: Mapping[str, Tensor]
+) -> PatternWeight | WinogradWeight:
+    """The weight that `pack_arrays` packed, validated.
 
-    The name of the pattern is checked to be one; no kernel relies on it.
+    The name of a pattern is checked to be one; no kernel relies on it.
 
     Raises:
         ValueError: specification and arrays do not fit, or an array is corrupt.
 
     Cost: memory for a few int64 copies of the arrays, whatever the shape claims.
     """
-    want, names = {"kind", "shape", "groups", "pattern"}, {"values", *INDEX_ARRAYS}
-    if set(spec) != want or set(arrays) != names:
+    form = _FORMS[spec["kind"]]
+    want, names = {"kind", "shape", "groups", form.field}, {"values", *form.indices}
+    present = set(arrays)
+    if form.indices_are_optional and present == {"values"}:
+        names = present
+    if set(spec) != want or present != names:
         raise ValueError(
             f"unpack: expected fields {sorted(want)} and arrays {sorted(names)}, "
             f"got {sorted(map(str, spec))} and {sorted(arrays)}"
         )
-    groups, pattern = spec["groups"], spec["pattern"]
-    if type(groups) is not int or not is_pattern_name(pattern):
+    groups, value = spec["groups"], spec[form.field]
+    known = is_pattern_name(value) if form.field == "pattern" else type(value) is int
+    if type(groups) is not int or not known:
         raise ValueError(
-            "unpack: expected groups an integer and pattern the name of one, "
-            f"got {groups!r:.40} and {pattern!r:.40}"
+            f"unpack: expected groups an integer and {form.field} a legal one, "
+            f"got {groups!r:.40} and {value!r:.40}"
         )
     shape = _weight_shape(checked_shape(spec["shape"]))
-    return PatternWeight(
-        **{name: arrays[name] for name in ("values", *INDEX_ARRAYS)},
-        shape=shape, groups=groups, pattern=pattern,
-    ).validate()  # fmt: skip
+    held = {name: arrays.get(name) for name in ("values", *form.indices)}
+    weight: PatternWeight | WinogradWeight = form.weight(
+        **held, shape=shape, groups=groups, **{form.field: value}
+    )
+    return weight.validate()
 
 
 def _weight_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -23,20 +23,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsecnn.formats.csr import CSRWeight
-from sparsecnn.nn import CSRConv2d, CSRLinear, PatternConv2d
+from sparsecnn.nn import CSRConv2d, CSRLinear, PatternConv2d, WinogradConv2d
 from sparsecnn.nn.layout import input_layouts
 from sparsecnn.storage import _layers
 from sparsecnn.storage._restore import Contents, build_model, restore_into
 from sparsecnn.storage.manifest import Manifest, checksum, describe
 from sparsecnn.storage.pack import (
+    ARRAY_KINDS,
     ARRAY_NAMES,
     Packed,
+    pack_arrays,
     pack_csr,
     pack_dense,
-    pack_pattern,
+    unpack_arrays,
     unpack_csr,
     unpack_dense,
-    unpack_pattern,
 )
 
 _DTYPES = {
@@ -50,10 +51,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to one safetensors file.
 
     CSR weights, and dense weights with enough zeros, are stored as values and the smaller of a
-    bitmask and a relative index (Han, Mao, Dally, ICLR 2016); weights in a pattern as their arrays;
-    everything else raw. The file is
-    written beside the target and moved over it when complete: a failure leaves an existing target
-    as it was.
+    bitmask and a relative index (Han, Mao, Dally, ICLR 2016); weights in a pattern or in the
+    Winograd domain as their arrays; everything else raw. The file is written beside the target and
+    moved over it when complete: a failure leaves an existing target as it was.
 
     Args:
         model: on any device; not modified. Modules that are neither layers of torch.nn common in
@@ -159,9 +159,9 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
             done = pack_dense(plain)
             put(key, done, None if done else plain.contiguous())
         if in_packed and is_first:
-            assert isinstance(module, (CSRConv2d, CSRLinear, PatternConv2d))
+            assert isinstance(module, (CSRConv2d, CSRLinear, PatternConv2d, WinogradConv2d))
             weight = module.weight
-            done = pack_csr(weight) if isinstance(weight, CSRWeight) else pack_pattern(weight)
+            done = pack_csr(weight) if isinstance(weight, CSRWeight) else pack_arrays(weight)
             put(prefix + "weight", done, None)
     arrays = _unshared(arrays)
     manifest = Manifest(
@@ -283,9 +283,9 @@ def _unflatten(arrays: dict[str, Tensor], manifest: Manifest) -> Contents:
         mine = {n: rest.pop(f"{key}#{n}") for n in ARRAY_NAMES if f"{key}#{n}" in rest}
         path, _, name = key.rpartition(".")
         try:
-            if spec.get("kind") in ("csr", "pattern") and name == "weight":
+            if spec.get("kind") in ("csr", *ARRAY_KINDS) and name == "weight":
                 is_csr = spec["kind"] == "csr"
-                weight = unpack_csr(spec, mine) if is_csr else unpack_pattern(spec, mine)
+                weight = unpack_csr(spec, mine) if is_csr else unpack_arrays(spec, mine)
                 sparse[path] = weight
                 prefix = key.removesuffix("weight")
                 for attribute, array in vars(weight).items():
