@@ -33,6 +33,7 @@ from bench import (
     suite_models,
     suite_pattern,
     suite_pointwise,
+    suite_winograd,
 )
 from bench.suite import Settings, Suite
 from bench.timing import MIN_RUNS, SETTLE, fma_roof_gflops, keep_memory
@@ -46,6 +47,7 @@ SUITES: dict[str, Suite] = {
     "models": suite_models,
     "pattern": suite_pattern,
     "pointwise": suite_pointwise,
+    "winograd": suite_winograd,
 }
 # IQR over median beyond which a measurement says more about the neighbours than about the kernel.
 NOISY = 0.25

@@ -7,7 +7,7 @@ functions of this package; the modules of the same names hold the parts they are
 from sparsecnn import formats, measure, nn, ops, storage
 from sparsecnn._library import build_info, isa, set_isa, supported_isas
 from sparsecnn.accelerate import accelerate, accelerate_, densify, densify_
-from sparsecnn.formats import CSRWeight, PatternWeight
+from sparsecnn.formats import CSRWeight, PatternWeight, WinogradWeight
 from sparsecnn.measure import Report
 from sparsecnn.prune import (
     NM,
@@ -41,6 +41,7 @@ __all__ = [
     "Report",
     "SparsityReport",
     "TopK",
+    "WinogradWeight",
     "accelerate",
     "accelerate_",
     "build_info",

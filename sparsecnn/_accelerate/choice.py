@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..measure import LatencyStats, time_interleaved
 from .copy import MEMORY_FORMATS, duplicate
 from .fold import crop_input, rounding, term_magnitude
-from .kernels import CANDIDATES, Layer, build_dense
+from .kernels import CANDIDATES, OTHER_KIND, Layer, build_dense
 
 # Time for all candidates of one layer, both layouts; at least 5 rounds run whatever it takes.
 LAYER_BUDGET_S = 1.5
@@ -192,7 +192,8 @@ def _decide(
     label = f"dense {layout}" if f"dense {layout}" in choice.times else "dense"
     base = f"{dense.median_s * 1e3:.3g} ms {label}"
     choice.kernel[layout] = "dense"
-    told = [f"{name}: {why}" for name, why in refusals.items()]
+    # That a kernel is for layers of another kind says nothing about this one.
+    told = [f"{name}: {why}" for name, why in refusals.items() if not why.startswith(OTHER_KIND)]
     timed = {name: stats for name in names if (stats := choice.timing(name, layout)) is not None}
     if timed:
         best = min(timed, key=lambda name: timed[name].median_s)
@@ -203,7 +204,8 @@ def _decide(
             return
         tie = timed[best].median_s < dense.median_s
         told.insert(0, f"{mine} vs {base}" + (", a tie: dense wins ties" if tie else ""))
-    choice.reason[layout] = "; ".join(told) or "no candidate asked for"
+    none = "no kernel for layers of its kind" if refusals else "no candidate asked for"
+    choice.reason[layout] = "; ".join(told) or none
 
 
 def quiet(module: nn.Module) -> nn.Module:

@@ -36,6 +36,8 @@ MAX_PATTERN_DENSITY = 0.9
 # A transformed weight has no zeros left; with fewer nonzeros than this, skipping them saves more
 # than either transform, and with fewer channels a group the transforms cost more than they save.
 MIN_WINOGRAD_DENSITY, MIN_WINOGRAD_CHANNELS = 0.12, 8
+OTHER_KIND = "not a "
+"""How the reason starts of a kernel that is for layers of another kind."""
 _CSR_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -96,7 +98,8 @@ class Candidate:
 
     Attributes:
         name: as in reports and in the argument `candidates`.
-        applies: why the kernel cannot run the layer, or cannot win; None when it may.
+        applies: why the kernel cannot run the layer, or cannot win (it starts with `OTHER_KIND`
+            where the kind of the layer says it); None when it may.
         build: the layer with this kernel, activation included.
         error_growth: its rounding over that of a direct sum of products.
     """

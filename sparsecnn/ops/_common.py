@@ -15,6 +15,9 @@ from sparsecnn.ops._check import Geometry, conv_geometry, out_extent
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The way a kernel of torch calls itself where nothing is to be recorded.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func, None outside of all
 _plain_geometry = functools.lru_cache(maxsize=1024)(conv_geometry)
 
 
@@ -82,18 +85,38 @@ def run_op(
     arguments: tuple[Any, ...],
     check: Callable[..., None],
     checked: tuple[Any, ...],
+    is_plain: bool,
 ) -> Tensor:
-    """``op(*arguments)``, and where it refuses, ``check(*checked)``, which says better why.
+    """``op(*arguments)``; where the op refuses, ``check(*checked)``, which says better why.
 
-    So a call that the op's own checks accept is not checked in Python as well. Arguments that those
-    do not see, or that could reach another implementation, the caller checks before.
+    Args:
+        op: the overload.
+        arguments: all of the op.
+        check: the full checks. They need not run first where the op's own ones see all arguments.
+        checked: arguments of ``check``.
+        is_plain: the tensors are real ones outside of any tracing. A call that nothing records then
+            does not visit the autograd kernel, which is Python and costs as much as the rest.
     """
     try:
-        y: Tensor = op(*arguments)
+        if is_plain and _records_nothing(arguments):
+            with _below_autograd():
+                y: Tensor = op(*arguments)
+        else:
+            y = op(*arguments)
         return y
     except (RuntimeError, TypeError):
         check(*checked)
         raise
+
+
+def _records_nothing(arguments: tuple[Any, ...]) -> bool:
+    """Whether neither a tape nor a transform of ``torch.func`` looks on."""
+    if torch.is_grad_enabled():
+        for a in arguments:
+            for t in a if type(a) is list else (a,):
+                if isinstance(t, Tensor) and t.requires_grad:
+                    return False
+    return _transform() is None
 
 
 def fake_output(

@@ -136,14 +136,15 @@ def run_chain_conv2d(
     if autocast_is_on(x):
         x, weights, biases, residual = autocast(x, weights, biases, residual)
     checked = (x, weights, biases, residual, geometry)
-    if not (is_eager(x) and x.is_cpu and x.dim() == 4 and _on_cpu(*weights, *biases, residual)):
+    is_plain = is_eager(x) and x.is_cpu and x.dim() == 4 and _on_cpu(*weights, *biases, residual)
+    if not is_plain:
         _check(*checked)
     arguments = (
         x, weights, [b for b in biases if b is not None], residual,
         [int(b is not None) for b in biases], geometry.stride, geometry.padding,
         geometry.dilation, geometry.groups, geometry.activations,
     )  # fmt: skip
-    return run_op(_chain_conv2d_op, arguments, _check, checked)
+    return run_op(_chain_conv2d_op, arguments, _check, checked, is_plain)
 
 
 def _on_cpu(*tensors: Any) -> bool:

@@ -115,7 +115,7 @@ def run_csr_conv2d(
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
     checked = (x, weight, bias, residual, geometry, groups, activation)
-    if not (
+    is_plain = (
         is_eager(x)
         and isinstance(weight, CSRWeight)
         and x.dim() == 4
@@ -124,13 +124,14 @@ def run_csr_conv2d(
         and weight.values.device == weight.col_idx.device == weight.row_ptr.device == x.device
         and (bias is None or bias.device == x.device)
         and (residual is None or residual.device == x.device)
-    ):
+    )
+    if not is_plain:
         _check(*checked)
     arguments = (
         x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, *geometry, groups,
         activation,
     )  # fmt: skip
-    return run_op(_csr_conv2d_op, arguments, _check, checked)
+    return run_op(_csr_conv2d_op, arguments, _check, checked, is_plain)
 
 
 def csr_linear(

@@ -30,9 +30,6 @@ from sparsecnn.ops._common import (
 
 _OP = "depthwise_conv2d"
 _depthwise_conv2d_op = torch.ops.sparsecnn.depthwise_conv2d.default
-# The way a kernel of torch calls itself where nothing is to be recorded.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_transform = torch._C._functorch.peek_interpreter_stack  # of torch.func, None outside of all
 
 
 def _check(
@@ -120,17 +117,13 @@ def run_depthwise_conv2d(
     geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """`depthwise_conv2d` with its geometry already checked.
-
-    A call that needs no graph does not visit the autograd kernel, which is Python and costs as much
-    as the rest of the call.
-    """
+    """``depthwise_conv2d`` with a geometry from ``conv_geometry``; what layers call."""
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
     checked = (x, weight, bias, residual, geometry, activation)
     _, stride, padding, dilation = geometry
     arguments = (x, weight, bias, residual, stride, padding, dilation, activation)
-    if not (
+    is_plain = (
         is_eager(x)
         and isinstance(weight, Tensor)
         # What decides which implementation sees the arguments.
@@ -138,25 +131,10 @@ def run_depthwise_conv2d(
         and weight.is_cpu
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    ):
-        _check(*checked)
-    elif _needs_no_graph(x, weight, bias, residual):
-        with _below_autograd():
-            return run_op(_depthwise_conv2d_op, arguments, _check, checked)
-    return run_op(_depthwise_conv2d_op, arguments, _check, checked)
-
-
-def _needs_no_graph(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> bool:
-    """Whether neither a tape nor a transform of ``torch.func`` looks on."""
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
     )
-    return not wanted and _transform() is None
+    if not is_plain:
+        _check(*checked)
+    return run_op(_depthwise_conv2d_op, arguments, _check, checked, is_plain)
 
 
 @torch.library.register_fake("sparsecnn::depthwise_conv2d")

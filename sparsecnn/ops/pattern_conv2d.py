@@ -124,7 +124,7 @@ def run_pattern_conv2d(
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
     checked = (x, weight, bias, residual, geometry, groups, activation)
-    if not (
+    is_plain = (
         is_eager(x)
         and x.is_cpu
         and isinstance(weight, PatternWeight)
@@ -139,13 +139,14 @@ def run_pattern_conv2d(
         and weight.group_columns.is_cpu
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    ):
+    )
+    if not is_plain:
         _check(*checked)
     arguments = (
         x, weight.values, weight.columns, weight.filters, weight.group_rows, weight.group_columns,
         bias, residual, *geometry, groups, activation,
     )  # fmt: skip
-    return run_op(_pattern_conv2d_op, arguments, _check, checked)
+    return run_op(_pattern_conv2d_op, arguments, _check, checked, is_plain)
 
 
 @torch.library.register_fake("sparsecnn::pattern_conv2d")

@@ -81,7 +81,7 @@ def run_pointwise_conv2d(
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
     arguments = (x, weight, bias, residual, stride, activation)
-    if not (
+    is_plain = (
         is_eager(x)
         and x.dim() == 4
         and isinstance(weight, Tensor)
@@ -90,9 +90,10 @@ def run_pointwise_conv2d(
         and weight.is_cpu
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    ):
+    )
+    if not is_plain:
         _check(*arguments)
-    return run_op(_pointwise_conv2d_op, arguments, _check, arguments)
+    return run_op(_pointwise_conv2d_op, arguments, _check, arguments, is_plain)
 
 
 def _check(

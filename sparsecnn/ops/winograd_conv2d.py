@@ -128,7 +128,7 @@ def run_winograd_conv2d(
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
     checked = (x, weight, bias, residual, geometry, groups, activation)
-    if not (
+    is_plain = (
         is_eager(x)
         and x.is_cpu
         and isinstance(weight, WinogradWeight)
@@ -141,13 +141,14 @@ def run_winograd_conv2d(
         and (weight.row_ptr is None or weight.row_ptr.is_cpu)
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
-    ):
+    )
+    if not is_plain:
         _check(*checked)
     arguments = (
         x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, weight.shape[0],
         weight.tile, geometry[2], groups, activation,
     )  # fmt: skip
-    return run_op(_winograd_conv2d_op, arguments, _check, checked)
+    return run_op(_winograd_conv2d_op, arguments, _check, checked, is_plain)
 
 
 @torch.library.register_fake("sparsecnn::winograd_conv2d")

@@ -52,7 +52,7 @@ SPARSECNN_INLINE void sparse_rows(const typename V::T* in, const S* values, cons
                                   const int32_t* row_ptr, typename V::T* out) {
   using reg = typename V::reg;
   constexpr int L = V::L;
-  const auto step = [&](reg (&acc)[N], int32_t i) __attribute__((always_inline)) {
+  const auto step = [&](reg(&acc)[N], int32_t i) __attribute__((always_inline)) {
     const reg w = V::set1(to_acc(values[i]));
     const typename V::T* const v = in + static_cast<ptrdiff_t>(col[i]) * (N * L);
 #pragma GCC unroll 6
@@ -88,8 +88,7 @@ SPARSECNN_INLINE void sparse_rows(const typename V::T* in, const S* values, cons
 
 // One block of filters of one tap.
 template <class V, class S, int F, int N>
-void dense_block(const typename V::T* in, const S* weight, int64_t channels,
-                 typename V::T* out) {
+void dense_block(const typename V::T* in, const S* weight, int64_t channels, typename V::T* out) {
 #pragma GCC unroll 8
   for (int f = 0; f < kBlock; f += F) {
     dense_products<V, S, F, N>(in, weight + f, channels, out + f * (N * V::L));

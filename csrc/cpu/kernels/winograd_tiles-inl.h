@@ -102,8 +102,7 @@ class WinogradTiles {
     vectors_ = vectors;
     count_ = 0;
     const int64_t begin = first * L;
-    const int64_t end =
-        begin + vectors * L < plan.tiles ? begin + vectors * L : plan.tiles;
+    const int64_t end = begin + vectors * L < plan.tiles ? begin + vectors * L : plan.tiles;
     for (int64_t t = begin; t < end;) {
       const int64_t tx = t % plan.tiles_x, ty = t / plan.tiles_x % plan.tiles_y;
       const int64_t image = t / plan.tiles_x / plan.tiles_y;

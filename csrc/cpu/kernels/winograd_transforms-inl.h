@@ -60,8 +60,7 @@ struct WinogradTransform<V, 4> {
     y[0] = V::add(m[0], V::add(sum_a, sum_b));
     y[1] = V::fmadd(difference_a, constant(a), V::mul(difference_b, constant(b)));
     y[2] = V::fmadd(sum_a, constant(a2), V::mul(sum_b, constant(b2)));
-    y[3] = V::fmadd(difference_a, constant(a2 * a),
-                    V::fmadd(difference_b, constant(b2 * b), m[5]));
+    y[3] = V::fmadd(difference_a, constant(a2 * a), V::fmadd(difference_b, constant(b2 * b), m[5]));
   }
 };
 
