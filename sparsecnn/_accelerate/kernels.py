@@ -26,6 +26,7 @@ from ..nn import (
     WinogradConv2d,
 )
 from ..nn._common import ConvDropIn
+from ..nn.fused import covers
 from .copy import LAYOUTS, in_layout
 
 # A sparse kernel does one multiply-add per nonzero at about two thirds of the rate of a dense one,
@@ -218,7 +219,7 @@ def build_dense(layer: Layer, layout: str) -> nn.Module:
     shared = {id(p): p for p in m.parameters()}
     if not isinstance(m, nn.Conv2d):
         return copy.deepcopy(m, shared)
-    if layer.activation == "none":
+    if layer.activation == "none" and not any(covers(m, shape) for shape in layer.inputs):
         built = copy.deepcopy(m, shared)
     else:
         built = FusedConv2d.from_dense(m, activation=layer.activation)

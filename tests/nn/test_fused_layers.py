@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import unittest.mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sparsecnn.nn import FusedConv2d, apply_layout_
 from tests import reference
@@ -33,6 +35,27 @@ def test_fused_conv_is_conv_then_activation(name: str) -> None:
     )
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+def test_a_filter_as_large_as_its_input_is_linear(
+    layout: torch.memory_format, weight_layout: torch.memory_format
+) -> None:
+    conv = nn.Conv2d(6, 5, (3, 4))
+    fused = FusedConv2d.from_dense(conv.to(memory_format=weight_layout), activation="relu")
+    x = torch.randn(2, 6, 3, 4).contiguous(memory_format=layout)
+    r = torch.randn(2, 5, 1, 1)
+    want = F.conv2d(x.double(), conv.weight.double(), conv.bias.double())  # type: ignore[union-attr]
+    torch.testing.assert_close(fused(x, r), (want.float() + r).relu())
+    with torch.no_grad():
+        with unittest.mock.patch.object(F, "linear", wraps=F.linear) as linear:
+            torch.testing.assert_close(fused(x), want.float().relu())
+            assert linear.call_count == 1
+            fused(torch.randn(2, 6, 3, 5))
+            assert linear.call_count == 1
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        FusedConv2d(6, 5, 3, dilation=2)(torch.randn(1, 6, 3, 3))
 
 
 def test_fused_conv_does_not_touch_its_input() -> None:
