@@ -150,7 +150,11 @@ struct VecFloat {
   static SPARSECNN_INLINE void store_pair(float* lo, uint32_t mask_lo, float* hi, uint32_t mask_hi,
                                           reg v) {
     _mm256_mask_storeu_ps(lo, static_cast<__mmask8>(mask_lo), _mm512_castps512_ps256(v));
-    _mm256_mask_storeu_ps(hi, static_cast<__mmask8>(mask_hi), _mm512_extractf32x8_ps(v, 1));
+    __m256 high = _mm512_extractf32x8_ps(v, 1);
+    // Else GCC makes one masked vextractf32x8 to memory of both, which unlike a masked move faults
+    // on addresses that the mask leaves out (exceptions type E6NF).
+    keep(high);
+    _mm256_mask_storeu_ps(hi, static_cast<__mmask8>(mask_hi), high);
   }
   static SPARSECNN_INLINE void store_pair(bf16* lo, uint32_t mask_lo, bf16* hi, uint32_t mask_hi,
                                           reg v) {

@@ -118,17 +118,22 @@ class StoredRows : RowLoops<V, S, Stored<typename V::T, S>, MaxVectors> {
   // A column is used as an address, so this also checks that each row ascends within the range.
   bool find_bounds(int64_t k0, int64_t filters) {
     const int32_t* const col = params_.col_idx;
-    const int32_t columns = static_cast<int32_t>(plan_.shape.columns());
+    const uint32_t last = static_cast<uint32_t>(plan_.shape.columns()) - 1;
     const int64_t panel_columns = plan_.channel_block * plan_.shape.r * plan_.shape.s;
     const int64_t panels = plan_.channel_blocks;
     for (int64_t f = 0; f < filters; ++f) {
       const int32_t row_begin = params_.row_ptr[k0 + f], row_end = params_.row_ptr[k0 + f + 1];
-      // Negative once an entry leaves [0, columns); within it no difference overflows.
-      int32_t bad = 0;
-      for (int32_t i = row_begin; i < row_end; ++i) bad |= col[i] | (columns - 1 - col[i]);
-      if (bad < 0) return false;
-      for (int32_t i = row_begin; i + 1 < row_end; ++i) bad |= col[i + 1] - col[i] - 1;
-      if (bad < 0) return false;
+      // The top bit is set once an entry leaves [0, columns). Unsigned, because any number may
+      // stand there; within the range no difference overflows.
+      uint32_t bad = 0;
+      for (int32_t i = row_begin; i < row_end; ++i) {
+        const uint32_t column = static_cast<uint32_t>(col[i]);
+        bad |= column | (last - column);
+      }
+      if (bad >> 31) return false;
+      int32_t falling = 0;
+      for (int32_t i = row_begin; i + 1 < row_end; ++i) falling |= col[i + 1] - col[i] - 1;
+      if (falling < 0) return false;
       int32_t* out = bounds_ + f;
       *out = row_begin;
       int64_t left = panels - 1;

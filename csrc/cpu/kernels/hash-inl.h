@@ -51,7 +51,8 @@ inline uint64_t content_hash(const void* data, int64_t bytes, uint64_t seed) {
     }
   }
   char tail[kStep] = {};
-  memcpy(tail, p, static_cast<size_t>(left));
+  // An empty tensor has no address, and memcpy takes none that is null even for no bytes.
+  if (left > 0) memcpy(tail, p, static_cast<size_t>(left));
   for (int i = 0; i < kHashBlocks; ++i) state[i].add(tail + 64 * i);
   uint64_t result = static_cast<uint64_t>(bytes) ^ seed;
   for (int i = 0; i < kHashBlocks; ++i) {
