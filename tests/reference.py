@@ -301,12 +301,7 @@ def winograd_matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
 def winograd_taps(weight: Tensor, tile: int) -> Tensor:
     """The transform ((m + 2)^2, K, C/G) of a spatial weight (K, C/G, 3, 3), float64."""
     g, _, _ = winograd_matrices(tile)
-    k, c = weight.shape[:2]
-    taps = torch.zeros((tile + 2) ** 2, k, c, dtype=torch.float64)
-    for i, j in itertools.product(range(tile + 2), repeat=2):
-        for r, s in itertools.product(range(3), repeat=2):
-            taps[i * (tile + 2) + j] += g[i, r] * g[j, s] * weight[:, :, r, s].double()
-    return taps
+    return torch.einsum("ir,kcrs,js->ijkc", g, weight.double(), g).flatten(0, 1)
 
 
 def _winograd(
@@ -333,11 +328,11 @@ def _winograd(
             for i, j in itertools.product(range(rows), range(columns))
         ],
         1,
-    ).reshape(n_batch, rows * columns, groups, c, edge, edge)
-    inputs = torch.einsum("ai,ntgcij,bj->ntgcab", bt, inputs, bt)
-    u = taps.double().reshape(edge, edge, groups, k // groups, c)
-    products = torch.einsum("abgkc,ntgcab->ntgkab", u, inputs)
-    outputs = torch.einsum("ia,ntgkab,jb->ntgkij", at, products, at)
+    ).reshape(n_batch, rows * columns, groups, c, edge * edge)
+    u = taps.double().reshape(edge * edge, groups, k // groups, c)
+    # B^T d B of a tile in one row is the row times kron(B^T, B^T) transposed.
+    products = torch.einsum("agkc,ntgca->ntgka", u, inputs @ torch.kron(bt, bt).t())
+    outputs = products @ torch.kron(at, at).t()
     outputs = outputs.reshape(n_batch, rows, columns, k, tile, tile)
     y = outputs.permute(0, 3, 1, 4, 2, 5).reshape(n_batch, k, rows * tile, columns * tile)
     return y[:, :, :p_size, :q_size]
