@@ -212,29 +212,33 @@ def _grad_conv(
     n, channels, h, w = x.shape
     p, q = grad.shape[2:]
     rows, cols, edge = -(-p // tile), -(-q // tile), tile + 2
-    _, bt, at = transforms(tile, x.dtype, x.device)
+    taps = edge * edge
+    # On a tile in one row both passes of a transform are one matrix: few operations to trace.
+    _, bt, at = (torch.kron(m, m) for m in transforms(tile, x.dtype, x.device))
     whole = F.pad(grad, (0, cols * tile - q, 0, rows * tile - p))
-    outputs = whole.reshape(n, groups, filters // groups, rows, tile, cols, tile)
-    products = torch.einsum("ia,ngkhiwj,jb->ngkhwab", at, outputs, at)
+    outputs = whole.reshape(n, filters, rows, tile, cols, tile).permute(3, 5, 1, 0, 2, 4)
+    products = at.t() @ outputs.reshape(tile * tile, -1)
+    products = products.reshape(taps * groups, filters // groups, n * rows * cols)
     weight = WinogradWeight(
         values, col_idx, row_ptr, (filters, channels // groups, 3, 3), groups, tile
     )
     grad_x = grad_values = None
     if need[0]:
-        taps = weight.taps().reshape(edge, edge, groups, filters // groups, channels // groups)
-        transformed = torch.einsum("abgkc,ngkhwab->ngchwab", taps, products)
-        tiles = torch.einsum("ai,ngchwab,bj->ngcijhw", bt, transformed, bt)
+        u = weight.taps().reshape(taps * groups, filters // groups, channels // groups)
+        transformed = torch.bmm(u.transpose(1, 2), products).reshape(taps, -1)
+        tiles = (bt.t() @ transformed).reshape(taps, channels, n, rows * cols)
         height, width = rows * tile + 2, cols * tile + 2
-        columns = tiles.reshape(n, channels * edge * edge, rows * cols)
+        columns = tiles.permute(2, 1, 0, 3).reshape(n, channels * taps, rows * cols)
         image = F.fold(columns, (height, width), (edge, edge), stride=(tile, tile))
         top, left = padding[0], padding[2]
         grad_x = F.pad(image, (-left, w + left - width, -top, h + top - height))
     if need[1]:
-        tiles = _tiles_of(x, rows, cols, tile, padding)
-        tiles = tiles.reshape(n, groups, channels // groups, rows, cols, edge, edge)
-        transformed = torch.einsum("ai,ngchwij,bj->ngchwab", bt, tiles, bt)
-        taps = torch.einsum("ngkhwab,ngchwab->abgkc", products, transformed)
-        grad_values = weight.stored(taps.reshape(edge * edge, filters, channels // groups))
+        tiles = _tiles_of(x, rows, cols, tile, padding).permute(4, 5, 1, 0, 2, 3)
+        transformed = (bt @ tiles.reshape(taps, -1)).reshape(
+            taps * groups, channels // groups, n * rows * cols
+        )
+        grad_taps = torch.bmm(products, transformed.transpose(1, 2))
+        grad_values = weight.stored(grad_taps.reshape(taps, filters, channels // groups))
     return grad_x, grad_values, None, None
 
 
