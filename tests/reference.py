@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -251,3 +252,144 @@ def conv2d_grad_weight(
     )
     (grad,) = torch.autograd.grad(y, weight, grad_y.detach().cpu().double())
     return grad
+
+
+# F(2, 3) as Lavin & Gray print it; its signs are a convention that sparse taps depend on.
+_F2 = (
+    [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
+    [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+    [[1, 1, 1, 0], [0, 1, -1, -1]],
+)
+_F4_POINTS = (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2))
+
+
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of the product of (x - root), of the constant first."""
+    out = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *out]
+        out = [a - root * b for a, b in zip(shifted, [*out, Fraction(0)], strict=True)]
+    return out
+
+
+def winograd_matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """G (m + 2, 3), B^T (m + 2, m + 2) and A^T (m, m + 2) of F(m, 3), m = 2 or 4, float64.
+
+    F(4, 3) from its points by the construction of Toom and Cook: a row of B^T holds the polynomial
+    that vanishes at all other points, G divides by its value at the own point, A^T evaluates.
+    """
+    if tile == 2:
+        g, bt, at = (torch.tensor(m, dtype=torch.float64) for m in _F2)
+        return g, bt, at
+    rows_g, rows_bt = [], []
+    for point in _F4_POINTS:
+        others = [q for q in _F4_POINTS if q != point]
+        value = math.prod((point - q for q in others), start=Fraction(1))
+        rows_g.append([point**i / value for i in range(3)])
+        rows_bt.append([*_polynomial(others), Fraction(0)])
+    # At infinity only the highest powers count.
+    rows_g.append([Fraction(0), Fraction(0), Fraction(1)])
+    rows_bt.append(_polynomial(_F4_POINTS))
+    rows_at = [[p**i for p in _F4_POINTS] + [Fraction(i == 3)] for i in range(4)]
+    g, bt, at = (
+        torch.tensor([[float(v) for v in row] for row in m], dtype=torch.float64)
+        for m in (rows_g, rows_bt, rows_at)
+    )
+    return g, bt, at
+
+
+def winograd_taps(weight: Tensor, tile: int) -> Tensor:
+    """The transform ((m + 2)^2, K, C/G) of a spatial weight (K, C/G, 3, 3), float64."""
+    g, _, _ = winograd_matrices(tile)
+    return torch.einsum("ir,kcrs,js->ijkc", g, weight.double(), g).flatten(0, 1)
+
+
+def _winograd(
+    x: Tensor,
+    taps: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    padding: tuple[int, int, int, int],
+    groups: int,
+) -> Tensor:
+    """Tile after tile: A^T [sum over c of U . (B^T d B)] A; float64."""
+    bt, at = matrices
+    tile, edge = at.shape
+    top, bottom, left, right = padding
+    n_batch, _, height, width = x.shape
+    k, c = taps.shape[1:]
+    p_size, q_size = height + top + bottom - 2, width + left + right - 2
+    rows, columns = -(-p_size // tile), -(-q_size // tile)
+    # Up to whole tiles of outputs, of which those that do not exist are dropped again.
+    more = (right + columns * tile - q_size, bottom + rows * tile - p_size)
+    padded = F.pad(x.double(), (left, more[0], top, more[1]))
+    inputs = torch.stack(
+        [
+            padded[:, :, i * tile : i * tile + edge, j * tile : j * tile + edge]
+            for i, j in itertools.product(range(rows), range(columns))
+        ],
+        1,
+    ).reshape(n_batch, rows * columns, groups, c, edge * edge)
+    u = taps.double().reshape(edge * edge, groups, k // groups, c)
+    # B^T d B of a tile in one row is the row times kron(B^T, B^T) transposed.
+    products = torch.einsum("agkc,ntgca->ntgka", u, inputs @ torch.kron(bt, bt).t())
+    outputs = products @ torch.kron(at, at).t()
+    outputs = outputs.reshape(n_batch, rows, columns, k, tile, tile)
+    y = outputs.permute(0, 3, 1, 4, 2, 5).reshape(n_batch, k, rows * tile, columns * tile)
+    return y[:, :, :p_size, :q_size]
+
+
+def winograd_conv2d(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """3x3 convolution of stride 1 with a weight in the Winograd domain; differentiable.
+
+    Args:
+        x: (N, C, H, W), any dtype.
+        taps: U, ((m + 2)^2, K, C/G), any dtype.
+        bias: (K,) or None.
+        padding: (top, bottom, left, right) zeros around the image.
+        groups: G.
+        activation: one of `ACTIVATIONS`.
+        residual: (N, K, P, Q) or None.
+
+    Returns:
+        (N, K, P, Q), float64.
+    """
+    _, bt, at = winograd_matrices(math.isqrt(len(taps)) - 2)
+    y = _winograd(x, taps, (bt, at), padding, groups)
+    if bias is not None:
+        y = y + bias.double()[:, None, None]
+    if residual is not None:
+        y = y + residual.double()
+    return activate(y, activation)
+
+
+def winograd_magnitude(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    groups: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """|A^T| [sum over c of |U| . (|B^T| |x| |B|)] |A| + |bias| + |residual|.
+
+    What the rounding errors of `winograd_conv2d` scale with; arguments as there. (N, K, P, Q),
+    float64.
+    """
+    _, bt, at = winograd_matrices(math.isqrt(len(taps)) - 2)
+    x, taps = x.detach().abs(), taps.detach().abs()
+    y = _winograd(x, taps, (bt.abs(), at.abs()), padding, groups)
+    if bias is not None:
+        y = y + bias.detach().double().abs()[:, None, None]
+    if residual is not None:
+        y = y + residual.detach().double().abs()
+    return y

@@ -55,6 +55,46 @@ def conv_bound(
     return bound
 
 
+# Roundings that a term meets in both passes of both transforms. A row of n coefficients takes at
+# most n, one product and n - 1 sums, in whatever order and factoring and where a multiply-add
+# rounds twice; one less where the coefficients are 1 and -1. F(2): rows of 2 in and of 3 out. F(4):
+# of 4 and of 5.
+_WINOGRAD_TRANSFORMS = {2: 2 * (1 + 2), 4: 2 * (4 + 5)}
+
+
+def winograd_bound(
+    magnitude: Tensor,
+    reference: Tensor,
+    channels: int,
+    addends: int,
+    tile: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """Largest allowed |result - reference| of a convolution in the Winograd domain.
+
+    A computed sum of products with coefficients, whatever its order, is the sum of its terms, each
+    multiplied by as many (1 + d), |d| <= u, as it meets roundings (Higham, section 3.1); through a
+    chain of such sums the counts add up and the magnitudes of the coefficients multiply. A term
+    meets those of both transforms, one product and C/G - 1 sums (the first sum, to zero, rounds
+    nothing), and one for each addend. The coefficients are numbers of few bits: exact.
+
+    Args:
+        magnitude: |A^T| [sum |U| . (|B^T| |x| |B|)] |A| with the magnitudes of the addends.
+        reference: the exact result after the activation, same shape.
+        channels: C/G.
+        addends: bias and residual, as present.
+        tile: m.
+        dtype: of the data and the result; sums are float32 (float64 for float64).
+        activation: fused activation.
+
+    Returns:
+        float64 tensor like `reference`. Zero where every term is zero.
+    """
+    terms = channels + addends + _WINOGRAD_TRANSFORMS[tile]
+    return conv_bound(magnitude, reference, terms, dtype, activation)
+
+
 def stage_bound(
     magnitude: Tensor, propagated: Tensor, terms: int, dtype: torch.dtype, activation: str
 ) -> Tensor:

@@ -165,16 +165,18 @@ class WinogradWeight(PackedWeight):
             raise ValueError(
                 f"WinogradWeight: expected groups a positive divisor of K = {k}, got {groups!r}"
             )
-        blocks = _to_blocks(taps.detach(), groups)
-        if blocks.numel() >= 2**31:
+        rows = groups * block_count(k, groups) * taps.shape[0] * BLOCK
+        if rows * c >= 2**31:
             raise ValueError(
-                f"WinogradWeight: expected taps with fewer than 2^31 elements, got {blocks.numel()}"
+                "WinogradWeight: expected taps with fewer than 2^31 elements in whole blocks, "
+                f"got {rows * c}"
             )
+        blocks = _to_blocks(taps.detach(), groups)
         shape, tile = (k, c, 3, 3), 2 if taps.shape[0] == 16 else 4
         if not sparse:
             return cls(blocks.contiguous(), None, None, shape, groups, tile)
-        rows = CSRWeight.from_dense(blocks.transpose(2, 3).reshape(-1, c))
-        return cls(rows.values, rows.col_idx, rows.row_ptr, shape, groups, tile)
+        csr = CSRWeight.from_dense(blocks.transpose(2, 3).reshape(rows, c))
+        return cls(csr.values, csr.col_idx, csr.row_ptr, shape, groups, tile)
 
     def taps(self) -> Tensor:
         """``(T, K, C/G)``: one matrix for each tap; differentiable with respect to ``values``."""
@@ -195,8 +197,9 @@ class WinogradWeight(PackedWeight):
         blocks = _to_blocks(taps, self.groups)
         if self.col_idx is None or self.row_ptr is None:
             return blocks
-        rows = CSRWeight(self.values, self.col_idx, self.row_ptr, (len(self.row_ptr) - 1, 0, 1, 1))
-        matrix = blocks.transpose(2, 3).reshape(-1, self.shape[1])
+        shape = (len(self.row_ptr) - 1, self.shape[1])
+        rows = CSRWeight(self.values, self.col_idx, self.row_ptr, (*shape, 1, 1))
+        matrix = blocks.transpose(2, 3).reshape(shape)
         return matrix[rows.row_indices(), self.col_idx.long()]
 
     def to_dense(self) -> Tensor:

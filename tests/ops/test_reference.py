@@ -42,6 +42,58 @@ def test_reference_agrees_with_plain_loops(case: ConvCase) -> None:
     torch.testing.assert_close(problem.expected(), loops, rtol=1e-13, atol=1e-13)
 
 
+WINOGRAD_TINY = [
+    ConvCase(n=2, c=2, k=3, h=5, w=7, activation="silu", residual=True),
+    ConvCase(n=1, c=4, k=6, h=8, w=6, groups=2, padding=(0, 2, 3, 0), bias=False),
+    ConvCase(n=1, c=3, k=3, h=3, w=9, groups=3, padding=(0, 0, 0, 0)),
+    ConvCase(n=1, c=1, k=1, h=1, w=1),
+]
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("case", WINOGRAD_TINY, ids=lambda case: case.id)
+def test_winograd_of_a_spatial_weight_is_the_convolution(case: ConvCase, tile: int) -> None:
+    """One identity checks all three matrices; a wrong entry of any breaks it."""
+    problem = build(case.but(dtype=torch.float64, pattern="full"))
+    y = reference.winograd_conv2d(
+        problem.x,
+        reference.winograd_taps(problem.weight, tile),
+        problem.bias,
+        padding=case.padding,
+        groups=case.groups,
+        activation=case.activation,
+        residual=problem.residual,
+    )
+    loops = reference.conv2d_loops(
+        problem.x,
+        problem.weight,
+        problem.bias,
+        padding=case.padding,
+        groups=case.groups,
+        activation=case.activation,
+        residual=problem.residual,
+    )
+    torch.testing.assert_close(y, loops, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_winograd_magnitude_is_that_of_the_worst_signs(tile: int) -> None:
+    """No choice of signs gives more, and the signs of one output's terms give exactly that."""
+    _, bt, at = reference.winograd_matrices(tile)
+    edge = tile + 2
+    for i, j in ((0, 0), (tile - 1, 1)):
+        for a, b in ((0, 1), (edge - 1, 2)):
+            taps = torch.zeros(edge * edge, 1, 1)
+            taps[a * edge + b] = -3
+            # The one tap that is not zero meets each pixel by one product of coefficients.
+            signs = torch.outer(bt[a], bt[b]).sign()[None, None]
+            y = reference.winograd_conv2d(signs, taps)
+            most = reference.winograd_magnitude(signs, taps)
+            torch.testing.assert_close(y.abs(), most, rtol=1e-14, atol=0)
+            worst = 3 * at[i, a].abs() * at[j, b].abs() * bt[a].abs().sum() * bt[b].abs().sum()
+            torch.testing.assert_close(most[0, 0, i, j], worst)
+
+
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_activations_agree_with_torch(name: str) -> None:
     y = torch.linspace(-9, 9, 1001, dtype=torch.float64)
