@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -28,10 +31,29 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
     row_ptr: Tensor | None
     tile: int
 
-    def __init__(self, *args: object, tile: int = 4, **kwargs: object) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+        tile: int = 4,
+    ) -> None:
         check_tile(type(self).__name__, tile)
-        self.__dict__["tile"] = tile
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.__dict__["tile"] = tile  # `_pack` needs it, before there is a module to set it on
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype, activation=activation,
+        )  # fmt: skip
 
     @classmethod
     def from_dense(
@@ -133,4 +155,6 @@ def _masked(name: str, packed: WinogradWeight, mask: Tensor) -> WinogradWeight:
         raise ValueError(
             f"{name}: expected mask of shape {tuple(taps.shape)}, got {tuple(mask.shape)}"
         )
-    return WinogradWeight.from_taps(taps * mask, packed.groups, sparse=True)
+    # By the mask, not by the values: a kept tap that is zero now can still be trained.
+    places = WinogradWeight.from_taps(mask.to(taps), packed.groups, sparse=True)
+    return replace(places, values=places.stored(taps))
