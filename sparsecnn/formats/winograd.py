@@ -179,7 +179,10 @@ class WinogradWeight(PackedWeight):
         return cls(csr.values, csr.col_idx, csr.row_ptr, shape, groups, tile)
 
     def taps(self) -> Tensor:
-        """``(T, K, C/G)``: one matrix for each tap; differentiable with respect to ``values``."""
+        """``(T, K, C/G)``: one matrix for each tap; differentiable with respect to ``values``.
+
+        Of a dense weight they may share the memory of ``values``.
+        """
         k, c = self.shape[:2]
         taps = (self.tile + 2) ** 2
         blocks = self.groups * block_count(k, self.groups)

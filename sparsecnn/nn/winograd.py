@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,17 +47,15 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        tile: int = 4,
         activation: str = "none",
+        tile: int = 4,
     ) -> None:
         check_tile(type(self).__name__, tile)
-        nn.Module.__init__(self)
-        self.tile = tile
-        conv = nn.Conv2d(
+        self.__dict__["tile"] = tile  # `_pack` needs it, before there is a module to set it on
+        super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
+            padding_mode, device, dtype, activation=activation,
         )  # fmt: skip
-        self._adopt_conv(conv, activation)
 
     @classmethod
     def from_dense(
@@ -182,4 +181,6 @@ def _masked(name: str, packed: WinogradWeight, mask: Tensor) -> WinogradWeight:
         raise ValueError(
             f"{name}: expected mask of shape {tuple(taps.shape)}, got {tuple(mask.shape)}"
         )
-    return WinogradWeight.from_taps(taps * mask, packed.groups, sparse=True)
+    # By the mask, not by the values: a kept tap that is zero now can still be trained.
+    places = WinogradWeight.from_taps(mask.to(taps), packed.groups, sparse=True)
+    return replace(places, values=places.stored(taps))
