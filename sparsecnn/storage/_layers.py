@@ -56,11 +56,11 @@ PACKED_LAYERS: dict[str, type[nn.Module]] = {
 }
 """Layers whose weight is a format of its own, stored as one packed tensor."""
 PackedWeight = CSRWeight | PatternWeight | WinogradWeight
-_FORM_OF = {
-    "CSRConv2d": CSRWeight,
-    "CSRLinear": CSRWeight,
-    "PatternConv2d": PatternWeight,
-    "WinogradConv2d": WinogradWeight,
+_FORM_OF: dict[str, tuple[type, str]] = {
+    "CSRConv2d": (CSRWeight, "a packed CSR weight"),
+    "CSRLinear": (CSRWeight, "a packed CSR weight"),
+    "PatternConv2d": (PatternWeight, "a packed weight in a pattern"),
+    "WinogradConv2d": (WinogradWeight, "a packed weight in the Winograd domain"),
 }
 LAYERS: dict[str, type[nn.Module]] = {
     **{cls.__name__: cls for cls in _TORCH_LAYERS},
@@ -174,12 +174,9 @@ def build(
     """
     check_arguments(name, arguments)
     tuples = {k: _tupled(v) for k, v in arguments.items()}
-    form = _FORM_OF.get(name, type(None))
+    form, words = _FORM_OF.get(name, (type(None), "no packed weight"))
     if type(weight) is not form:
-        raise ValueError(
-            f"load: expected {form.__name__} as packed weight of {name}, "
-            f"got {type(weight).__name__}"
-        )
+        raise ValueError(f"load: expected {words} for {name}, got {type(weight).__name__}")
     try:
         with torch.device("meta"):
             if name == "ResidualBlock":  # its two children are read next

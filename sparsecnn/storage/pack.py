@@ -255,8 +255,9 @@ def unpack_arrays(
     groups, value = spec["groups"], spec[form.field]
     known = is_pattern_name(value) if form.field == "pattern" else type(value) is int
     if type(groups) is not int or not known:
+        what = "the name of one" if form.field == "pattern" else "an integer"
         raise ValueError(
-            f"unpack: expected groups an integer and {form.field} a legal one, "
+            f"unpack: expected groups an integer and {form.field} {what}, "
             f"got {groups!r:.40} and {value!r:.40}"
         )
     shape = _weight_shape(checked_shape(spec["shape"]))

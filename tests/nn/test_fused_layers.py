@@ -43,10 +43,12 @@ def test_a_filter_as_large_as_its_input_is_linear(
     layout: torch.memory_format, weight_layout: torch.memory_format
 ) -> None:
     conv = nn.Conv2d(6, 5, (3, 4))
-    fused = FusedConv2d.from_dense(conv.to(memory_format=weight_layout), activation="relu")
     x = torch.randn(2, 6, 3, 4).contiguous(memory_format=layout)
     r = torch.randn(2, 5, 1, 1)
-    want = F.conv2d(x.double(), conv.weight.double(), conv.bias.double())  # type: ignore[union-attr]
+    with torch.no_grad():
+        want = conv.double()(x.double())
+    conv = conv.float().to(memory_format=weight_layout)  # type: ignore[call-overload]
+    fused = FusedConv2d.from_dense(conv, activation="relu")
     torch.testing.assert_close(fused(x, r), (want.float() + r).relu())
     with torch.no_grad():
         with unittest.mock.patch.object(F, "linear", wraps=F.linear) as linear:

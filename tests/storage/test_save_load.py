@@ -227,6 +227,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "CSRConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
     "CSRLinear": (5, 6),
     "PatternConv2d": (4, 6, 3, (2, 1), "valid", 1, 2),
+    "WinogradConv2d": (4, 6, 3, 1, "same", 1, 2),
     "ChannelShuffle": (2,),
     "FusedConv2d": (4, 6, 3),
     "GroupNorm": (2, 6),
