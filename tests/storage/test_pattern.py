@@ -322,7 +322,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "padding_mode": (_args(padding_mode="evil"), "PatternConv2d accepts"),
     "argument pattern": (_args(pattern="shape"), "arguments of PatternConv2d among"),
     "not packed": (lambda m, a: m["modules"][1].update(type="CSRConv2d"), "packed CSR weight for"),
-    "as FusedConv2d": (lambda m, a: m["modules"][1].update(type="FusedConv2d"), "no packed weight for"),
+    "as FusedConv2d": (lambda m, a: m["modules"][1].update(type="FusedConv2d"), "no packed weight"),
     "nothing packed": (lambda m, a: m.update(packed={}), "weight in a pattern for"),
     "stored twice": (lambda m, a: a.update({"0.values": torch.zeros(1)}), "every tensor once"),
 }
