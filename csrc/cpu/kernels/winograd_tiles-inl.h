@@ -3,7 +3,8 @@
 // NCHW: neighbouring tiles of a tile row lie m columns apart, so a row of the image is split into
 // its m phases: vectors of every m-th column, which are what a pixel of the tiles is. (Gather
 // instructions cost a load for each lane.) Runs of tiles in one tile row are written one after the
-// other, each a whole number of vectors: what runs over is overwritten by the next run.
+// other, each a whole number of vectors: what runs over is overwritten by the next run. Where a
+// tile row is an m-th of a vector, as on 14x14 maps, m rows are split together.
 // NHWC: a pixel of L tiles and L channels is a square, which is transposed.
 #pragma once
 #include "core/winograd_tiles.h"
@@ -82,6 +83,7 @@ class WinogradTiles {
   T* const tile_;
   const int64_t pitch_;
   int vectors_ = 0, count_ = 0;
+  bool short_rows_ = false;  // of L / m tiles
   Run run_[MaxVectors * L];
 
  public:
@@ -101,6 +103,7 @@ class WinogradTiles {
   void place(const cpu::WinogradPlan& plan, int64_t first, int vectors) {
     vectors_ = vectors;
     count_ = 0;
+    short_rows_ = !nhwc_ && plan.tiles_x * M == L;
     const int64_t begin = first * L;
     const int64_t end = begin + vectors * L < plan.tiles ? begin + vectors * L : plan.tiles;
     for (int64_t t = begin; t < end;) {
@@ -119,6 +122,12 @@ class WinogradTiles {
   // NCHW: one channel of x, to tile(to).
   void gather(int64_t channel, int to) const {
     const int64_t plane = s_.h * s_.w;
+    if (short_rows_) {
+      for (int i = 0; i < count_; i += M) {
+        gather_rows(i, channel * plane, tile(to) + run_[i].lane);
+      }
+      return;
+    }
     for (int i = 0; i < count_; ++i) {
       const Run& run = run_[i];
       const S* const first = x_ + run.x + channel * plane;
@@ -155,6 +164,12 @@ class WinogradTiles {
   // NCHW: tile(from), m x m pixels, to filter k of y.
   void scatter(int64_t k, int from) const {
     const int64_t plane = s_.p * s_.q;
+    if (short_rows_) {
+      for (int i = 0; i < count_; i += M) {
+        scatter_rows(i, k * plane, this->tile(from) + run_[i].lane);
+      }
+      return;
+    }
     for (int i = 0; i < count_; ++i) {
       const Run& run = run_[i];
       const T* tile = this->tile(from) + run.lane;
@@ -229,6 +244,45 @@ class WinogradTiles {
     Phases<V, M>::split_two(v, two);
     V::store_any(out + M * pitch_, two[0]);
     V::store_any(out + (M + 1) * pitch_, two[1]);
+  }
+
+  // All rows of up to M runs of L / M tiles.
+  void gather_rows(int first, int64_t channel, T* out) const {
+    const int runs = count_ - first < M ? count_ - first : M;
+    for (int r = 0; r < kA; ++r, out += kA * pitch_) {
+      reg v[M], phase[M], more[M], two[2];
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) {
+        const Run& run = run_[first + (j < runs ? j : 0)];
+        const bool inside = j < runs && run.row + r >= 0 && run.row + r < s_.h;
+        const S* const x = x_ + run.x + channel + r * s_.w;
+        v[j] = inside ? columns(x, run.first[0]) : V::zero();
+        more[j] = inside ? columns(x + M, run.two[0]) : V::zero();
+      }
+      Phases<V, M>::split(v, phase);
+      Phases<V, M>::split_two(more, two);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) V::store(out + j * pitch_, phase[j]);
+      V::store(out + M * pitch_, two[0]);
+      V::store(out + (M + 1) * pitch_, two[1]);
+    }
+  }
+
+  void scatter_rows(int first, int64_t filter, const T* tile) const {
+    const int runs = count_ - first < M ? count_ - first : M;
+    for (int r = 0; r < M; ++r, tile += M * pitch_) {
+      reg phase[M], v[M];
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) phase[j] = V::load(tile + j * pitch_);
+      Phases<V, M>::join(phase, v);
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) {
+        const Run& run = run_[first + (j < runs ? j : 0)];
+        if (j < runs && r < run.out_rows) {
+          finish(v[j], run.y + filter + r * s_.q, run.store[0]);
+        }
+      }
+    }
   }
 
   static SPARSECNN_INLINE reg columns(const S* x, uint32_t mask) {
