@@ -112,6 +112,24 @@ def test_widths_around_vectors(
         check(make(case.but(padding=(0, 2, 2, 1), dtype=torch.bfloat16), tile, sparse))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@kinds
+def test_tile_rows_that_share_a_vector(
+    tile: int, sparse: bool, dtype: torch.dtype, rows: int, isa: str
+) -> None:
+    """m tile rows of an m-th of a vector each: all of them there or not, of one image or several."""
+    width = max(1, lanes_of(isa, dtype) // tile) * tile
+    for n, spare in ((1, 0), (2, 1), (3, tile - 1)):
+        case = ConvCase(
+            n=n, c=3, k=4, h=rows * tile - spare, w=width - spare, dtype=dtype, integers=True,
+            residual=n == 2, activation="relu",
+        )  # fmt: skip
+        check(make(case, tile, sparse))
+        moved = case.but(padding=(0, 2, 0, 2), h=case.h + spare, w=case.w + spare)
+        check(make(moved, tile, sparse))
+
+
 @pytest.mark.parametrize("lengths", [(0, 0, 0, 5), (5, 1, 0, 3), (4, 4, 4, 4), (1, 2, 3, 7)])
 def test_rows_of_all_lengths_side_by_side(lengths: tuple[int, ...], isa: str) -> None:
     """Few vectors take several rows of the sparse matrix together, each to its own end."""
