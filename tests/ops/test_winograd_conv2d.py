@@ -118,7 +118,7 @@ def test_widths_around_vectors(
 def test_tile_rows_that_share_a_vector(
     tile: int, sparse: bool, dtype: torch.dtype, rows: int, isa: str
 ) -> None:
-    """m tile rows of an m-th of a vector each: all of them there or not, of one image or several."""
+    """m tile rows of an m-th of a vector each: all there or not, of one image or several."""
     width = max(1, lanes_of(isa, dtype) // tile) * tile
     for n, spare in ((1, 0), (2, 1), (3, tile - 1)):
         case = ConvCase(
