@@ -3,7 +3,7 @@
 # a read or write outside of a tensor or of the scratch, a misaligned or overflowing access stops
 # the run. Uses the python of the environment, with torch, ninja, pybind11, setuptools and pytest.
 #
-#   tests/sanitize.sh                              # all instruction sets, 20 random cases per op
+#   tests/sanitize.sh                              # all instruction sets, 60 random cases per op
 #   tests/sanitize.sh --fuzz-cases 400             # options go to pytest
 #   tests/sanitize.sh tests/codec -k bitmask       # paths replace the default ones
 #   SANITIZE_DIR=/tmp/sanitized tests/sanitize.sh  # keeps the build there for the next run
@@ -53,6 +53,8 @@ flags+=" -fno-sanitize=vptr"
 # Python itself is not instrumented: the runtimes must be there before the library is loaded.
 preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)"
 cd "$root"
+# A freed tensor's memory is kept from reuse here, on which one test is built.
+options+=(--deselect tests/ops/test_csr_conv2d_program.py::test_memory_reused_by_another_weight)
 # Torch and Python keep memory to the end of the process; their leaks are not ours to find. An
 # allocation that is too large must fail as it does without the sanitizer. The report of a finding
 # goes to the file descriptor itself, which pytest must not capture: nobody would print it. Threads
@@ -60,4 +62,4 @@ cd "$root"
 LD_PRELOAD="$preload" OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
   PYTHONPATH="$work/site" \
-  python -m pytest -p no:cacheprovider --capture=sys --fuzz-cases 20 "${options[@]}" "${paths[@]}"
+  python -m pytest -p no:cacheprovider --capture=sys --fuzz-cases 60 "${options[@]}" "${paths[@]}"
