@@ -68,7 +68,9 @@ def accelerate(
         example: input (N, C, H, W) or the tuple of positional inputs, with the batch size, image
             size, dtype and device of the later use: all measurements are taken for it.
         filter_fn: `filter_fn(module, fqn) -> bool`; layers for which it is False are left as is.
-        candidates: kernels to try besides dense, "chain" for runs of layers; None for all.
+        candidates: kernels to try besides dense: csr, pattern, depthwise, pointwise, winograd2,
+            winograd4, and chain for runs of layers; None for all. The Winograd kernels round
+            more coarsely than the others, see `ops.winograd_conv2d`.
         warmup: untimed rounds before each measurement.
         runs: timed rounds of each measurement (fewer, at least 5, where they take too long).
         tie_margin: share by which a kernel must beat the best dense layer.
@@ -193,6 +195,8 @@ def densify(model: nn.Module) -> nn.Module:
     block was fused into it; `CSRLinear` becomes `nn.Linear` (followed by its activation in an
     `nn.Sequential` if it has one); a chain becomes an `nn.Sequential` of its stages. `FusedConv2d`
     layers stay: they are dense convolutions. Batch norms stay folded, `ResidualBlock` modules stay.
+    The weight of a `WinogradConv2d` is transformed back, which rounds it (about 1e-7 of the
+    largest); one pruned or trained there becomes the nearest spatial weight.
 
     Args:
         model: any module; one without such layers is just copied.

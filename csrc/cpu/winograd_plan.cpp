@@ -52,7 +52,11 @@ WinogradPlan winograd_plan(const WinogradConv2dParams& params, int64_t stored,
   if (sparse) n = std::min(n, kSparseTapBytes / tap_bytes);
   n = std::min(n, kInputBytes / (taps * tap_bytes));
   n = std::clamp<int64_t>(n, 1, plan.vectors);
+  // As many for each thread, where there are few; sums do not depend on how long a run is.
   plan.runs = ceil_div(plan.vectors, n);
+  if (s.groups * plan.runs < 8 * threads) {
+    plan.runs = std::min(plan.vectors, ceil_div(plan.runs, threads) * threads);
+  }
   plan.max_vectors = static_cast<int32_t>(ceil_div(plan.vectors, plan.runs));
 
   // Stored values a channel and tap: what a vector of transformed input is multiplied with.
