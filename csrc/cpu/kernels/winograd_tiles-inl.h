@@ -102,8 +102,7 @@ class WinogradTiles {
     vectors_ = vectors;
     count_ = 0;
     const int64_t begin = first * L;
-    const int64_t end =
-        begin + vectors * L < plan.tiles ? begin + vectors * L : plan.tiles;
+    const int64_t end = begin + vectors * L < plan.tiles ? begin + vectors * L : plan.tiles;
     for (int64_t t = begin; t < end;) {
       const int64_t tx = t % plan.tiles_x, ty = t / plan.tiles_x % plan.tiles_y;
       const int64_t image = t / plan.tiles_x / plan.tiles_y;
@@ -120,13 +119,14 @@ class WinogradTiles {
   // NCHW: one channel of x, to tile(to).
   void gather(int64_t channel, int to) const {
     const int64_t plane = s_.h * s_.w;
+    const int64_t rows = s_.w > 0 ? s_.h : 0;  // no pixels: x may be null, nothing adds to it
     for (int i = 0; i < count_; ++i) {
       const Run& run = run_[i];
-      const S* const first = x_ + run.x + channel * plane;
+      int64_t row = run.x + channel * plane;
       T* out = tile(to) + run.lane;
-      for (int r = 0; r < kA; ++r, out += kA * pitch_) {
-        const bool inside = run.row + r >= 0 && run.row + r < s_.h;
-        gather_row(run, inside ? first + r * s_.w : nullptr, out);
+      for (int r = 0; r < kA; ++r, row += s_.w, out += kA * pitch_) {
+        const bool inside = run.row + r >= 0 && run.row + r < rows;
+        gather_row(run, inside ? x_ + row : nullptr, out);
       }
     }
   }
@@ -135,7 +135,7 @@ class WinogradTiles {
   void gather_transposed(int64_t channel, uint32_t mask) const {
     for (int r = 0; r < kA; ++r) {
       for (int j = 0; j < kA; ++j) {
-        const S* const x = x_ + (r * s_.w + j) * s_.c + channel;
+        const int64_t pixel = (r * s_.w + j) * s_.c + channel;
         for (int v = 0; v < vectors_; ++v) {
           reg square[L];
           for (int l = 0; l < L; ++l) {
@@ -143,7 +143,7 @@ class WinogradTiles {
             const int64_t row = run.row + r, col = run.col + j;
             const bool inside =
                 v * L + l < count_ && row >= 0 && row < s_.h && col >= 0 && col < s_.w;
-            square[l] = inside ? load_some<V>(x + run.x, mask) : V::zero();
+            square[l] = inside ? load_some<V>(x_ + (run.x + pixel), mask) : V::zero();
           }
           V::transpose(square);
           T* const out = tile_ + (r * kA + j) * pitch_ + v * L;
