@@ -128,13 +128,14 @@ class WinogradTiles {
       }
       return;
     }
+    const int64_t rows = s_.w > 0 ? s_.h : 0;  // no pixels: x may be null, nothing adds to it
     for (int i = 0; i < count_; ++i) {
       const Run& run = run_[i];
-      const S* const first = x_ + run.x + channel * plane;
+      int64_t row = run.x + channel * plane;
       T* out = tile(to) + run.lane;
-      for (int r = 0; r < kA; ++r, out += kA * pitch_) {
-        const bool inside = run.row + r >= 0 && run.row + r < s_.h;
-        gather_row(run, inside ? first + r * s_.w : nullptr, out);
+      for (int r = 0; r < kA; ++r, row += s_.w, out += kA * pitch_) {
+        const bool inside = run.row + r >= 0 && run.row + r < rows;
+        gather_row(run, inside ? x_ + row : nullptr, out);
       }
     }
   }
@@ -143,7 +144,7 @@ class WinogradTiles {
   void gather_transposed(int64_t channel, uint32_t mask) const {
     for (int r = 0; r < kA; ++r) {
       for (int j = 0; j < kA; ++j) {
-        const S* const x = x_ + (r * s_.w + j) * s_.c + channel;
+        const int64_t pixel = (r * s_.w + j) * s_.c + channel;
         for (int v = 0; v < vectors_; ++v) {
           reg square[L];
           for (int l = 0; l < L; ++l) {
@@ -151,7 +152,7 @@ class WinogradTiles {
             const int64_t row = run.row + r, col = run.col + j;
             const bool inside =
                 v * L + l < count_ && row >= 0 && row < s_.h && col >= 0 && col < s_.w;
-            square[l] = inside ? load_some<V>(x + run.x, mask) : V::zero();
+            square[l] = inside ? load_some<V>(x_ + (run.x + pixel), mask) : V::zero();
           }
           V::transpose(square);
           T* const out = tile_ + (r * kA + j) * pitch_ + v * L;
@@ -249,13 +250,14 @@ class WinogradTiles {
   // All rows of up to M runs of L / M tiles.
   void gather_rows(int first, int64_t channel, T* out) const {
     const int runs = count_ - first < M ? count_ - first : M;
+    const int64_t rows = s_.w > 0 ? s_.h : 0;
     for (int r = 0; r < kA; ++r, out += kA * pitch_) {
       reg v[M], phase[M], more[M], two[2];
 #pragma GCC unroll 4
       for (int j = 0; j < M; ++j) {
         const Run& run = run_[first + (j < runs ? j : 0)];
-        const bool inside = j < runs && run.row + r >= 0 && run.row + r < s_.h;
-        const S* const x = x_ + run.x + channel + r * s_.w;
+        const bool inside = j < runs && run.row + r >= 0 && run.row + r < rows;
+        const S* const x = inside ? x_ + (run.x + channel + r * s_.w) : nullptr;
         v[j] = inside ? columns(x, run.first[0]) : V::zero();
         more[j] = inside ? columns(x + M, run.two[0]) : V::zero();
       }
