@@ -34,9 +34,9 @@ from .copy import LAYOUTS, in_layout
 MAX_DENSITY = 0.7
 # Filters that share their columns are multiplied at the rate of a dense layer.
 MAX_PATTERN_DENSITY = 0.9
-# A transformed weight has no zeros left. From about 72 % of them on, skipping them is as fast as the
-# better transform (csr 2.2x at 70 %, 3.2x at 80 %, F(4) 2.6x to 2.8x) and takes an eighth of its
-# memory. With fewer channels a group the transforms cost more than they save.
+# A transformed weight has no zeros left. From about 72 % of them on, skipping them is as fast as
+# the better transform (csr 2.2x at 70 %, 3.2x at 80 %, F(4) 2.6x to 2.8x) and takes an eighth of
+# its memory. With fewer channels a group the transforms cost more than they save.
 MIN_WINOGRAD_DENSITY, MIN_WINOGRAD_CHANNELS = 0.28, 8
 OTHER_KIND = "not a "
 """How the reason starts of a kernel that is for layers of another kind."""
