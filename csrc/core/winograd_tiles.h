@@ -13,7 +13,6 @@
 
 namespace sparsecnn {
 
-constexpr int32_t winograd_input_tile(int32_t m) { return m + 2; }
 // Products of a tile and channel.
 constexpr int32_t winograd_taps(int32_t m) { return (m + 2) * (m + 2); }
 

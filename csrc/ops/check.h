@@ -98,6 +98,18 @@ inline void check_same(const Tensor& t, const Tensor& x, const char* op, const c
   STD_TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on the device of x");
 }
 
+// An index array of a packed weight, contiguous.
+inline Tensor index_array(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Int, op, ": expected ", name,
+                  " a 1-d int32 tensor");
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on the device of x");
+  return as_contiguous(t);
+}
+
+inline const int32_t* indices_of(const Tensor& t) {
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
 }  // namespace sparsecnn::ops
 
 namespace torch::stable::detail {

@@ -8,14 +8,6 @@ namespace {
 
 constexpr const char* kOp = "winograd_conv2d";
 
-// An index array of a sparse weight; keeps it alive.
-Tensor indices(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Int, kOp, ": expected ", name,
-                  " a 1-d int32 tensor");
-  STD_TORCH_CHECK(t.device() == x.device(), kOp, ": expected ", name, " on the device of x");
-  return as_contiguous(t);
-}
-
 Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<Tensor> col_idx,
                            std::optional<Tensor> row_ptr, std::optional<Tensor> bias,
                            std::optional<Tensor> residual, int64_t filters, int64_t tile,
@@ -34,8 +26,8 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<
   const Tensor stored = as_contiguous(values);
   std::optional<Tensor> cols, ends;
   if (col_idx) {
-    cols = indices(*col_idx, x, "col_idx");
-    ends = indices(*row_ptr, x, "row_ptr");
+    cols = index_array(*col_idx, x, kOp, "col_idx");
+    ends = index_array(*row_ptr, x, kOp, "row_ptr");
     STD_TORCH_CHECK(values.dim() == 1 && cols->numel() == values.numel(), kOp,
                     ": expected values and col_idx 1-d and of one length, got ", values.numel(),
                     " and ", cols->numel());
@@ -54,8 +46,8 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& values, std::optional<
   check_cpu_dtype(kOp, params.dtype);
   const cpu::WinogradKernels& table = cpu::kernels().winograd;
   if (cols) {
-    params.col_idx = static_cast<const int32_t*>(cols->const_data_ptr());
-    params.row_ptr = static_cast<const int32_t*>(ends->const_data_ptr());
+    params.col_idx = indices_of(*cols);
+    params.row_ptr = indices_of(*ends);
     STD_TORCH_CHECK(table.is_sound(params.col_idx, cols->numel(), params.row_ptr, rows,
                                    static_cast<int32_t>(channels)),
                     kOp,

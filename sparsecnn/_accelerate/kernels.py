@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -185,18 +185,10 @@ def _winograd_applies(layer: Layer) -> str | None:
     return _refused(layer, {"cpu": (torch.float32,)})
 
 
-def _winograd_build(tile: int) -> Callable[[Layer], nn.Module]:
+def _conv_build(kind: type[ConvDropIn], **options: Any) -> Callable[[Layer], nn.Module]:
     def build(layer: Layer) -> nn.Module:
         assert isinstance(layer.module, nn.Conv2d)
-        return WinogradConv2d.from_dense(layer.module, tile, activation=layer.activation)
-
-    return build
-
-
-def _conv_build(kind: type[ConvDropIn]) -> Callable[[Layer], nn.Module]:
-    def build(layer: Layer) -> nn.Module:
-        assert isinstance(layer.module, nn.Conv2d)
-        return kind.from_dense(layer.module, activation=layer.activation)
+        return kind.from_dense(layer.module, activation=layer.activation, **options)
 
     return build
 
@@ -208,8 +200,8 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("pattern", _pattern_applies, _conv_build(PatternConv2d)),
         Candidate("depthwise", _depthwise_applies, _conv_build(DepthwiseConv2d)),
         Candidate("pointwise", _pointwise_applies, _conv_build(PointwiseConv2d)),
-        Candidate("winograd2", _winograd_applies, _winograd_build(2), 2.0),
-        Candidate("winograd4", _winograd_applies, _winograd_build(4), 8.0),
+        Candidate("winograd2", _winograd_applies, _conv_build(WinogradConv2d, tile=2), 2.0),
+        Candidate("winograd4", _winograd_applies, _conv_build(WinogradConv2d, tile=4), 8.0),
     )
 }
 

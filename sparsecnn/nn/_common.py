@@ -101,13 +101,18 @@ class ConvDropIn(nn.Module):
         Raises:
             TypeError: ``conv`` is not an ``nn.Conv2d``.
         """
+        return cls._made_of(conv, activation)
+
+    @classmethod
+    def _made_of(cls, conv: nn.Conv2d, activation: str, **options: Any) -> Self:
+        """A layer with everything a convolution has; options go to ``_pack``."""
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(
                 f"{cls.__name__}: expected conv an nn.Conv2d, got {type(conv).__name__}"
             )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._adopt_conv(conv, activation)
+        self._adopt_conv(conv, activation, **options)
         return self
 
     def _adopt_conv(self, conv: nn.Conv2d, activation: str, **options: Any) -> None:

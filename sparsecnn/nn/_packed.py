@@ -17,7 +17,7 @@ class PackedLayer(nn.Module):
     """
 
     is_sparsecnn_layer: ClassVar[bool] = True
-    _arrays: ClassVar[tuple[str, ...]]  # in the state dict; values come first
+    _arrays: ClassVar[tuple[str, ...]]  # values come first; indices may be None
     weight_shape: tuple[int, int, int, int]
     values: nn.Parameter
 
@@ -38,6 +38,10 @@ class PackedLayer(nn.Module):
         self.values = nn.Parameter(packed.values, requires_grad=requires_grad)
         for name in self._arrays[1:]:
             self.register_buffer(name, getattr(packed, name))
+
+    def _stored_arrays(self) -> list[str]:
+        """Names of the arrays that are there, and so in the state dict."""
+        return [name for name in self._arrays if getattr(self, name) is not None]
 
     @property
     def nnz(self) -> int:
@@ -74,8 +78,8 @@ class PackedLayer(nn.Module):
                 )
                 return
             packed = self._pack_dense(dense)
-            state |= {prefix + key: getattr(packed, key) for key in self._arrays}
-        arrays = {key: state.get(prefix + key) for key in self._arrays}
+            state |= {prefix + key: getattr(packed, key) for key in self._stored_arrays()}
+        arrays = {key: state.get(prefix + key) for key in self._stored_arrays()}
         if all(isinstance(array, Tensor) for array in arrays.values()):
             try:
                 loaded = replace(self.weight, **arrays).validate()  # type: ignore[type-var]
@@ -83,7 +87,7 @@ class PackedLayer(nn.Module):
                 error_msgs.append(f"{name}: {prefix.rstrip('.')}: {error}")
                 return
             self._loading(loaded)
-            for key in self._arrays:
+            for key in arrays:
                 own, shape = getattr(self, key), getattr(loaded, key).shape
                 if own.shape != shape:
                     empty = own.new_empty(shape)

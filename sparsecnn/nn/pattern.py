@@ -48,32 +48,12 @@ class PatternConv2d(PackedLayer, ConvDropIn):
             TypeError: ``conv`` is not an ``nn.Conv2d``.
             ValueError: an unknown pattern, or one that the weight does not have.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(
-                f"{cls.__name__}: expected conv an nn.Conv2d, got {type(conv).__name__}"
-            )
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._adopt_conv(conv, activation, pattern=pattern)
-        return self
-
-    @classmethod
-    def _from_packed(cls, conv: nn.Conv2d, packed: PatternWeight, activation: str) -> Self:
-        """A layer with the arguments and the bias of a convolution and a weight packed before.
-
-        Args:
-            conv: its weight is not read and may be on the meta device.
-            packed: a valid weight of the convolution's shape and groups.
-            activation: fused behind it.
-        """
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._adopt_conv(conv, activation, packed=packed)
-        return self
+        return cls._made_of(conv, activation, pattern=pattern)
 
     def _pack(
         self, conv: nn.Conv2d, pattern: str | None = None, packed: PatternWeight | None = None
     ) -> None:
+        """Where there is a packed weight, that of ``conv`` is not read and may be on meta."""
         if packed is None:
             packed = PatternWeight.from_dense(conv.weight, conv.groups, pattern)
         self.pattern = packed.pattern

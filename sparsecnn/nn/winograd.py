@@ -28,7 +28,7 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
     """
 
     keeps_memory_format: ClassVar[bool] = True
-    values: nn.Parameter
+    _arrays = ("values", "col_idx", "row_ptr")
     col_idx: Tensor | None
     row_ptr: Tensor | None
     tile: int
@@ -80,36 +80,22 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
             ValueError: another tile, or a mask of another shape.
             NotImplementedError: a geometry that the transform does not cover.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(
-                f"{cls.__name__}: expected conv an nn.Conv2d, got {type(conv).__name__}"
-            )
-        check_tile(cls.__name__, tile)
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.tile = tile
-        self._adopt_conv(conv, activation, mask=mask)
-        return self
-
-    @classmethod
-    def _from_packed(cls, conv: nn.Conv2d, packed: WinogradWeight, activation: str) -> Self:
-        """A layer with the arguments and the bias of a convolution and a weight packed before.
-
-        Args:
-            conv: its weight is not read and may be on the meta device.
-            packed: a valid weight of the convolution's shape and groups.
-            activation: fused behind it.
-        """
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.tile = packed.tile
-        self._adopt_conv(conv, activation, packed=packed)
-        return self
+        return cls._made_of(conv, activation, tile=tile, mask=mask)
 
     def _pack(
-        self, conv: nn.Conv2d, mask: Tensor | None = None, packed: WinogradWeight | None = None
+        self,
+        conv: nn.Conv2d,
+        tile: int | None = None,
+        mask: Tensor | None = None,
+        packed: WinogradWeight | None = None,
     ) -> None:
+        """Where there is a packed weight, that of ``conv`` is not read and may be on meta."""
         name = type(self).__name__
+        if packed is not None:
+            tile = packed.tile
+        if tile is not None:  # else the constructor has set it
+            check_tile(name, tile)
+            self.tile = tile
         for argument, expected in (("kernel_size", (3, 3)), ("stride", (1, 1))):
             if tuple(getattr(conv, argument)) != expected:
                 raise NotImplementedError(
@@ -123,17 +109,6 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
         if mask is not None:
             packed = _masked(name, packed, mask)
         self._hold(packed, conv.weight.requires_grad)
-
-    @property
-    def _arrays(self) -> tuple[str, ...]:  # type: ignore[override]
-        sparse = self.col_idx is not None
-        return ("values", "col_idx", "row_ptr") if sparse else ("values",)
-
-    def _hold(self, packed: WinogradWeight, requires_grad: bool) -> None:  # type: ignore[override]
-        self.weight_shape = packed.shape
-        self.values = nn.Parameter(packed.values, requires_grad=requires_grad)
-        self.register_buffer("col_idx", packed.col_idx)
-        self.register_buffer("row_ptr", packed.row_ptr)
 
     def _pack_dense(self, dense: Tensor) -> WinogradWeight:
         packed = WinogradWeight.from_dense(dense, self.groups, self.tile)

@@ -199,10 +199,10 @@ def build(
             raise ValueError(f"weight of {weight.groups} groups where they are {dense.groups}")
         assert isinstance(dense, nn.Conv2d)  # as said by _DENSE_OF
         if isinstance(weight, PatternWeight):
-            return PatternConv2d._from_packed(dense, weight, activation)
+            return PatternConv2d._made_of(dense, activation, packed=weight)
         if weight.tile != tile:
             raise ValueError(f"weight of tile {weight.tile} where it is {tile}")
-        return WinogradConv2d._from_packed(dense, weight, activation)
+        return WinogradConv2d._made_of(dense, activation, packed=weight)
     except Exception as error:  # whatever a constructor says about foreign arguments
         raise ValueError(
             f"load: expected arguments {name} accepts, got {dict(arguments)!r:.200} "
