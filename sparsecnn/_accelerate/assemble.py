@@ -32,6 +32,7 @@ class Plan:
         blocks: residual blocks whose addition runs in their last layer.
         chains: layers that run as one.
         cut: where the layout changes.
+        images: how many at a time; 0 for the whole batch.
     """
 
     layout: str
@@ -40,6 +41,7 @@ class Plan:
     blocks: frozenset[Block] = frozenset()
     chains: frozenset[Chain] = frozenset()
     cut: Cut | None = None
+    images: int = 0
 
     def layout_of(self, site: Site) -> str:
         """Memory layout around a site."""
@@ -67,7 +69,7 @@ class Plan:
     @property
     def is_original(self) -> bool:
         """Whether nothing is replaced."""
-        return not (self.folds or self.swaps or self.blocks or self.chains)
+        return not (self.folds or self.swaps or self.blocks or self.chains or self.images)
 
 
 class Assembler:

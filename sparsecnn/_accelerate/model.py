@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..measure import LatencyStats, time_interleaved
 from ..nn.layout import convert_input_
+from ..nn.microbatch import has_own_forward, microbatch_
 from .assemble import Assembler, Plan, other_layout
 from .blocks import Block
 from .chains import Chain, pick
@@ -66,6 +67,7 @@ class Variants:
         reference: tensors the model returned for them.
         sites: its layers.
         stable: whether the model returns the same for the same input.
+        layer_images: batch size that the layers were measured with; that of the example if None.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Variants:
         reference: Sequence[Tensor],
         sites: list[Site],
         stable: bool,
+        layer_images: int | None = None,
     ) -> None:
+        self.images = example[0].shape[0] if example[0].dim() else 1
+        self.layer_images = layer_images or self.images
         self.model = model
         self.example = example
         self.reference = list(reference)
@@ -107,7 +112,7 @@ class Variants:
             for site in plan.cut.after:
                 if type(named.get(site.name)) is type(site.module):
                     relayout_(named[site.name], layout)
-        return model
+        return model if has_own_forward(model) else microbatch_(model, plan.images or None)
 
     def build(self, plan: Plan) -> nn.Module:
         """A variant that shares every tensor it can with the model."""
@@ -122,25 +127,23 @@ class Variants:
             return math.nan, f"the forward pass raised {type(error).__name__}: {error}"
         return compare(self.reference, outputs) if self.stable else (math.nan, "")
 
+    def forward(self, plan: Plan) -> Callable[[], object]:
+        """One run of a variant on the example."""
+        model = self.build(plan)
+        return lambda: model(*self.example)
+
     def time(
         self, plans: Sequence[Plan], settings: Settings, effort: int = 1
     ) -> dict[Plan, LatencyStats]:
         """Time variants in turn, with `effort` times the usual runs and time."""
-        fns: dict[str, Callable[[], object]] = {}
-        for plan in plans:
-            fns[plan.label] = _forward(self.build(plan), self.example)
         stats = time_interleaved(
-            fns,
+            {plan.label: self.forward(plan) for plan in plans},
             warmup=settings.warmup,
             runs=settings.runs * effort,
             max_time_s=MODEL_BUDGET_S * effort,
             device=self.example[0].device,
         )
         return {plan: stats[plan.label] for plan in plans}
-
-
-def _forward(model: nn.Module, example: tuple[Tensor, ...]) -> Callable[[], object]:
-    return lambda: model(*example)
 
 
 def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[float, str]:

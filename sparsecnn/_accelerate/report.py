@@ -18,14 +18,15 @@ from .survey import Site
 def make_report(variants: Variants, outcome: Outcome, bytes_before: int) -> Report:
     """The report of a conversion; `bytes_after` is left for who applies it."""
     layers = [_layer_report(variants, site, outcome.plan) for site in variants.sites]
-    images = variants.example[0].shape[0] if variants.example[0].dim() else 1
+    images = variants.images
+    parts = images // variants.layer_images
     return Report(
         layers=layers,
         before=ModelTiming.from_stats(outcome.before, images),
         after=ModelTiming.from_stats(outcome.after, images),
         bytes_before=bytes_before,
-        macs=sum(layer.macs for layer in layers),
-        effective_macs=sum(layer.effective_macs for layer in layers),
+        macs=parts * sum(layer.macs for layer in layers),
+        effective_macs=parts * sum(layer.effective_macs for layer in layers),
         max_abs_diff=outcome.max_abs_diff,
         layout=outcome.plan.layouts,
         notes=outcome.notes,

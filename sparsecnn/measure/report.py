@@ -31,11 +31,12 @@ class LayerReport:
     Attributes:
         name: fully qualified name in the model.
         type: class name of the original layer.
-        input_shape: (N, C, H, W) or (N, I) of the example.
-        output_shape: (N, K, P, Q) or (N, O) of the example.
+        input_shape: (N, C, H, W) or (N, I) of what the layer was measured on: the example, or one
+            image of it where the model takes its batch in parts and a note says so.
+        output_shape: (N, K, P, Q) or (N, O).
         weight_shape: (K, C/G, R, S) or (O, I).
         density: share of nonzero weights in [0, 1].
-        macs: multiply-accumulates of the dense layer for the whole example batch.
+        macs: multiply-accumulates of the dense layer for this input.
         effective_macs: those whose weight is not zero.
         dense_ms: median of the best dense candidate.
         chosen_ms: median of what the layer runs now; equals `dense_ms` where dense was kept.
@@ -117,7 +118,7 @@ class Report:
         speedup: `before.p50_ms / after.p50_ms`, computed when not given.
         bytes_before: stored bytes of the original parameters and buffers.
         bytes_after: the same of the converted model.
-        macs: multiply-accumulates of all layers, zeros included.
+        macs: multiply-accumulates of all layers for the whole example, zeros included.
         effective_macs: those whose weight is not zero.
         max_abs_diff: largest difference of the two models' outputs on the example.
         layout: memory format the model runs in, "contiguous" or "channels_last".

@@ -7,6 +7,7 @@ from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.depthwise import DepthwiseConv2d
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
+from sparsecnn.nn.microbatch import microbatch_
 from sparsecnn.nn.pattern import PatternConv2d
 from sparsecnn.nn.pointwise import PointwiseConv2d
 from sparsecnn.nn.residual import ResidualBlock
@@ -27,4 +28,5 @@ __all__ = [
     "ResidualBlock",
     "WinogradConv2d",
     "apply_layout_",
+    "microbatch_",
 ]

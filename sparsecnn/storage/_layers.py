@@ -30,6 +30,7 @@ from sparsecnn.nn import (
 from sparsecnn.nn._common import check_activation
 from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.nn.chain import ChainStageWeights
+from sparsecnn.nn.microbatch import has_own_forward
 
 CONTAINERS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
@@ -118,7 +119,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any] | None:
     constructor makes (masks of ``torch.nn.utils.prune``, an added buffer, an added child).
     """
     name = _NAMES[type(module)]
-    if "forward" in module.__dict__ or (name in LAYERS and module._modules):
+    if has_own_forward(module) or (name in LAYERS and module._modules):
         return None
     arguments: dict[str, Any] = {}
     for argument in _argument_names(name):

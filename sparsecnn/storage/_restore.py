@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsecnn.nn import apply_layout_
 from sparsecnn.nn._common import inherit
 from sparsecnn.nn.layout import convert_input_, input_layouts
+from sparsecnn.nn.microbatch import has_own_forward, microbatch_, microbatches
 from sparsecnn.storage import _layers
 from sparsecnn.storage.manifest import Manifest, ModuleRecord
 
@@ -58,6 +59,7 @@ def build_model(contents: Contents) -> nn.Module:
     _check_keys(set(contents.state), set(slots))
     _check_shapes(slots, contents)
     _apply_layouts(root, contents.manifest.layouts)
+    _apply_microbatches(root, contents.manifest.microbatches)
     _install(slots, {key: contents.state[key] for key in slots}, contents)
     _settle(root)
     return root
@@ -81,6 +83,12 @@ def restore_into(model: nn.Module, contents: Contents) -> nn.Module:
             f"load: expected model with the structure of the file, got {_listed(plan.problems)}"
         )
     own = dict(model.named_modules(remove_duplicate=False))
+    for path in contents.manifest.microbatches:
+        if path not in plan.swaps and path in own and has_own_forward(own[path]):
+            raise ValueError(
+                f"load: expected model without a forward of its own instance at {path!r}, where "
+                "the file takes the batch in parts"
+            )
     kept = {k: v for k, v in _slots(model).items() if not _is_below(k, plan.swaps)}
     fresh = {path: _slots(new, path) for path, new in plan.swaps.items()}
     slots = {key: slot for found in (kept, *fresh.values()) for key, slot in found.items()}
@@ -106,6 +114,7 @@ def restore_into(model: nn.Module, contents: Contents) -> nn.Module:
             own[parent]._modules[name] = new
     root = plan.swaps.get("", model)
     _apply_layouts(root, contents.manifest.layouts)
+    _apply_microbatches(root, contents.manifest.microbatches)
     # After the layout, which rearranges weights: the file's own memory formats win.
     for key, tensor in old_tensors.items():
         _assign(*kept[key], tensor)
@@ -138,6 +147,16 @@ def _apply_layouts(root: nn.Module, layouts: Mapping[str, str]) -> None:
     for path, inner in layouts.items():
         if path in modules and path:  # else inside an activation that stays of a folded norm
             convert_input_(modules[path], inner)
+
+
+def _apply_microbatches(root: nn.Module, parts: Mapping[str, int]) -> None:
+    """Batches in parts as in the file, and no others."""
+    for path in microbatches(root):
+        microbatch_(root.get_submodule(path), None)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for path, images in parts.items():
+        if path in modules:
+            microbatch_(modules[path], images)
 
 
 def _plan_swaps(model: nn.Module, contents: Contents) -> _Plan:

@@ -12,7 +12,8 @@ JSON in hexadecimal, and the JSON, with one space between them. The JSON holds
 3. ``aliases``: keys of tied tensors, each with the key that is stored;
 4. ``channels_last``: keys stored row-major whose memory was channels_last; ``frozen``:
    parameters that do not require gradients; ``layouts``: path of a module that converts its
-   inputs -> memory format;
+   inputs -> memory format; ``microbatches``: path of a module that takes its batch in parts ->
+   images of a part;
 5. ``arrays``: CRC-32 of each stored array over its name, dtype, shape and bytes.
 """
 
@@ -31,7 +32,7 @@ from sparsecnn.nn.layout import LAYOUTS
 from sparsecnn.storage import _layers
 
 KEY = "sparsecnn"
-VERSION = "2"
+VERSION = "3"
 _MAX_DEPTH = 64
 
 
@@ -66,6 +67,7 @@ class Manifest:
     channels_last: tuple[str, ...]
     frozen: tuple[str, ...]
     layouts: dict[str, str]
+    microbatches: dict[str, int]
     arrays: dict[str, int]
 
     def encode(self) -> dict[str, str]:
@@ -78,6 +80,7 @@ class Manifest:
                 "channels_last": self.channels_last,
                 "frozen": self.frozen,
                 "layouts": self.layouts,
+                "microbatches": self.microbatches,
                 "arrays": self.arrays,
             },
             separators=(",", ":"),
@@ -110,12 +113,20 @@ class Manifest:
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(f"expected a manifest with {sorted(names)}, got {data!r:.80}")
         modules = _decode_records(data["modules"])
+        paths = {r.path for r in modules}
         layouts = _dict_of(data, "layouts", str)
         for path, layout in layouts.items():
-            if layout not in LAYOUTS or path not in {r.path for r in modules}:
+            if layout not in LAYOUTS or path not in paths:
                 raise ValueError(
                     f"expected layout one of {', '.join(LAYOUTS)} for a module of the file, "
                     f"got {layout!r:.80} for {path!r:.80}"
+                )
+        microbatches = _dict_of(data, "microbatches", int)
+        for path, images in microbatches.items():
+            if images < 1 or path not in paths:
+                raise ValueError(
+                    "expected microbatches of at least one image for a module of the file, "
+                    f"got {images!r:.80} for {path!r:.80}"
                 )
         return cls(
             modules=modules,
@@ -124,6 +135,7 @@ class Manifest:
             channels_last=_strings(data, "channels_last"),
             frozen=_strings(data, "frozen"),
             layouts=layouts,
+            microbatches=microbatches,
             arrays=_dict_of(data, "arrays", int),
         )
 

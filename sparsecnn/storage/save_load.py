@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn import CSRConv2d, CSRLinear, PatternConv2d, WinogradConv2d
 from sparsecnn.nn.layout import input_layouts
+from sparsecnn.nn.microbatch import microbatches
 from sparsecnn.storage import _layers
 from sparsecnn.storage._restore import Contents, build_model, restore_into
 from sparsecnn.storage.manifest import Manifest, checksum, describe
@@ -171,6 +172,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
         channels_last=tuple(channels_last),
         frozen=tuple(frozen),
         layouts=input_layouts(model),
+        microbatches=microbatches(model),
         arrays={k: checksum(k, t) for k, t in arrays.items()},
     )
     return arrays, manifest

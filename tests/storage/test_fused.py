@@ -20,6 +20,7 @@ from sparsecnn.nn import (
     apply_layout_,
 )
 from sparsecnn.nn.layout import convert_input_, input_layouts
+from sparsecnn.nn.microbatch import microbatch_, microbatches
 
 
 class Inverted(nn.Module):
@@ -136,6 +137,28 @@ def test_layouts_of_modules_come_back(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 9, 8)
     with torch.no_grad():
         assert back[:2](x.contiguous(memory_format=torch.channels_last)).stride()[1] == 1
+
+
+def test_batches_in_parts_come_back(tmp_path: Path) -> None:
+    model = microbatch_(net(), 3)
+    microbatch_(model[2], 2)
+    path = tmp_path / "m.safetensors"
+    save(model, path)
+    target = net()
+    microbatch_(target[0], 1)  # not in the file: goes
+    back = load(path, target)
+    assert microbatches(back) == {"": 3, "2": 2}
+    same(model, back)
+    alone = microbatch_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 2)
+    save(alone, tmp_path / "alone.safetensors")
+    assert microbatches(load(tmp_path / "alone.safetensors")) == {"": 2}
+    own = net()
+    own[2].forward = own[0].forward  # type: ignore[method-assign]
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    with pytest.raises(ValueError, match="without a forward of its own instance at '2'"):
+        load(path, own)
+    assert all(torch.equal(value, before[key]) for key, value in own.state_dict().items())
+    assert microbatches(own) == {}
 
 
 def test_a_new_conversion_replaces_the_old(tmp_path: Path) -> None:
