@@ -104,6 +104,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def cuda() -> str:
+    """The device type "cuda"; skipped without a GPU or without CUDA kernels."""
+    _require_cuda()
+    return "cuda"
+
+
 @pytest.fixture(params=[*(f"cpu-{name}" for name in ISAS), "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Device type of each place a kernel can run: each CPU instruction set, and CUDA."""

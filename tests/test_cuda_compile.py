@@ -27,6 +27,8 @@ BUDGETS = {
     r"csr_conv2d_tiledI.*Li2ELi1ELi8E": 64,
     r"csr_conv2d_directI": 128,
     r"csr_conv2d_grad_values_kernelI": 128,
+    # Blocks of 256 threads, two of them to an SM at least.
+    r"depthwise_conv2d_(planes|channels|direct)I": 128,
 }
 
 

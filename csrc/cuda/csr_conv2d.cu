@@ -86,14 +86,6 @@ __device__ __forceinline__ void stage_tile(const T* __restrict__ x, float* tile,
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_output(const CsrConv2dParams& prm, float sum, int64_t k,
-                                             int64_t at) {
-  if (prm.bias) sum += to_float(static_cast<const T*>(prm.bias)[k]);
-  if (prm.residual) sum += to_float(static_cast<const T*>(prm.residual)[at]);
-  static_cast<T*>(prm.y)[at] = from_float<T>(activate(prm.activation, sum));
-}
-
 // Blocks on an SM hide each other's staging. As many are asked for as the compiler can give without
 // spilling: 128, 80 and 64 registers for 8 x 4, 4 x 2 and 2 x 1 sums per lane.
 constexpr int blocks_per_sm(int sums) { return sums > 8 ? 2 : (sums > 2 ? 3 : 4); }

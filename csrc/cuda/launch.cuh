@@ -73,6 +73,29 @@ __device__ __forceinline__ float activate(Activation activation, float v) {
   }
 }
 
+// The end of every convolution: bias, residual, activation, rounding.
+template <typename T>
+__device__ __forceinline__ void store_output(const ConvParams& prm, float sum, int64_t k,
+                                             int64_t at) {
+  if (prm.bias) sum += to_float(static_cast<const T*>(prm.bias)[k]);
+  if (prm.residual) sum += to_float(static_cast<const T*>(prm.residual)[at]);
+  static_cast<T*>(prm.y)[at] = from_float<T>(activate(prm.activation, sum));
+}
+
+// Quotient of two numbers that are not negative, and the rest. 64 bits are divided by a function
+// of some hundred instructions, 32 bits by a dozen.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b, int64_t* rest) {
+  if (((a | b) >> 32) == 0) {
+    const uint32_t small = static_cast<uint32_t>(a), by = static_cast<uint32_t>(b);
+    const uint32_t quotient = small / by;
+    *rest = small - quotient * by;
+    return quotient;
+  }
+  const int64_t quotient = a / b;
+  *rest = a - quotient * b;
+  return quotient;
+}
+
 // Element strides of a (N, channels, rows, columns) tensor in one of the two layouts.
 struct TensorStrides {
   int64_t n, c, h, w;
@@ -99,6 +122,9 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return cudaDeviceGetAttribute(&limits->smem_optin_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                 device);
 }
+
+// Whether 16 bytes may be read or written at once there.
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid);

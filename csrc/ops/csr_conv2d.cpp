@@ -151,8 +151,7 @@ Tensor csr_conv2d_cuda(const Tensor& x, const Tensor& values, const Tensor& col_
   const CudaGuard guard(x);
   Call call = prepare(x, values, col_idx, row_ptr, bias, residual,
                       {kernel_size, stride, padding, dilation, groups}, activation);
-  STD_TORCH_CHECK(call.params.dtype != DType::kFloat64, kOp,
-                  ": expected float32, float16 or bfloat16 on CUDA, got float64");
+  check_cuda_dtype(kOp, call.params.dtype);
   guard.check(cuda::csr_conv2d(call.params, guard.stream()), kOp);
   return call.tensors.y;
 }
@@ -163,8 +162,7 @@ Tensor csr_conv2d_grad_values_cuda(const Tensor& grad_y, const Tensor& x, const 
   const CudaGuard guard(x);
   GradCall call = prepare_grad(grad_y, x, col_idx, row_ptr,
                                {kernel_size, stride, padding, dilation, groups}, layout_of(x));
-  STD_TORCH_CHECK(call.params.dtype != DType::kFloat64, kOp,
-                  ": expected float32, float16 or bfloat16 on CUDA, got float64");
+  check_cuda_dtype(kOp, call.params.dtype);
   guard.check(cuda::csr_conv2d_grad_values(call.params, guard.stream()), kOp);
   return call.grad;
 }

@@ -33,5 +33,11 @@ class CudaGuard {
   }
 };
 
+// The CUDA kernels compute in float32.
+inline void check_cuda_dtype(const char* op, DType dtype) {
+  STD_TORCH_CHECK(dtype != DType::kFloat64, op,
+                  ": expected float32, float16 or bfloat16 on CUDA, got float64");
+}
+
 }  // namespace sparsecnn::ops
 #endif

@@ -77,6 +77,26 @@ FAMILIES = {
     "epilogues": _epilogues(),
 }
 ALL = list(dict.fromkeys(case for family in FAMILIES.values() for case in family))
+def _depthwise() -> list[ConvCase]:
+    base = ConvCase(n=2, c=8, h=9, w=8, k=8, groups=8, pattern="full", integers=True)
+    cases = []
+    for size in (3, 5, 7):  # filters of their own
+        for stride in ((1, 1), (2, 2)):
+            fixed = base.but(kernel=(size, size), padding=_pad((size, size)), stride=stride)
+            cases += [fixed, fixed.but(h=19, w=11, n=1), fixed.but(h=1, w=2)]
+    cases += [base.but(padding=padding) for padding in ((0, 0, 0, 0), (2, 1, 0, 3), (9, 0, 0, 9))]
+    # Channels: a vector of each type, several blocks of them, no whole vector.
+    cases += [base.but(c=c, k=c, groups=c, n=1, h=5, w=5) for c in (1, 4, 7, 24, 136, 260)]
+    # What the direct kernel is for.
+    cases += [base.but(c=4, k=12, groups=4), base.but(dilation=(2, 1), padding=(2, 2, 1, 1))]
+    for kernel in ((1, 1), (1, 7), (4, 2), (9, 9)):
+        cases.append(base.but(kernel=kernel, padding=_pad(kernel)))
+    cases += [base.but(stride=stride, h=11) for stride in ((3, 3), (1, 2))]
+    ends = [base.but(bias=False), base.but(residual=True), base.but(bias=False, residual=True)]
+    return cases + ends + [end.but(h=33, w=33, n=1, activation="relu6") for end in ends]
+
+
+DEPTHWISE = _depthwise()
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,

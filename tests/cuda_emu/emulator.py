@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ class ConvShape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _SHAPE_FIELDS]
 
 
-class ForwardParams(ctypes.Structure):
-    """Mirror of ``CsrConv2dParams`` in ``core/params.h``."""
+class ConvParams(ctypes.Structure):
+    """Mirror of ``ConvParams`` in ``core/params.h``."""
 
     _fields_ = [
         ("shape", ConvShape),
@@ -57,14 +58,27 @@ class ForwardParams(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+    ]
+
+
+class ForwardParams(ConvParams):
+    """Mirror of ``CsrConv2dParams``."""
+
+    _fields_ = [
         ("values", ctypes.c_void_p),
         ("col_idx", ctypes.c_void_p),
         ("row_ptr", ctypes.c_void_p),
     ]
 
 
+class DepthwiseParams(ConvParams):
+    """Mirror of ``DepthwiseConv2dParams``."""
+
+    _fields_ = [("weight", ctypes.c_void_p)]
+
+
 class GradParams(ctypes.Structure):
-    """Mirror of ``CsrConv2dGradValuesParams`` in ``core/params.h``."""
+    """Mirror of ``CsrConv2dGradValuesParams``."""
 
     _fields_ = [
         ("shape", ConvShape),
@@ -170,11 +184,13 @@ class Emulator:
         for name in ("emu_message", "emu_kernel", "emu_error_string"):
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
+        assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         self.set_device()
 
     def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
@@ -235,24 +251,26 @@ class Emulator:
 
     def forward(self, problem: Problem) -> Tensor:
         """csr_conv2d; the output starts as NaN."""
-        case = problem.case
-        y = torch.full((case.n, case.k, *case.out_size), float("nan"), dtype=case.dtype)
-        y = y.contiguous(memory_format=memory_format(problem.x))
+        y = _poisoned(problem)
         self.forward_raw(
             ForwardParams(
-                shape=shape_of(problem),
-                dtype=_DTYPES[case.dtype],
-                layout=_layout(problem),
-                activation=_ACTIVATIONS.index(case.activation),
-                x=problem.x.data_ptr(),
+                **_common(problem, y),
                 values=problem.values.data_ptr(),
                 col_idx=problem.col_idx.data_ptr(),
                 row_ptr=problem.row_ptr.data_ptr(),
-                bias=_pointer(problem.bias),
-                residual=_pointer(problem.residual),
-                y=y.data_ptr(),
             )
         )
+        return y
+
+    def depthwise_raw(self, params: DepthwiseParams) -> None:
+        """depthwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_depthwise_conv2d(ctypes.byref(params)))
+
+    def depthwise(self, problem: Problem) -> Tensor:
+        """depthwise_conv2d; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight.to(problem.case.dtype).contiguous()
+        self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
@@ -272,6 +290,27 @@ class Emulator:
             )
         )
         return result
+
+
+def _poisoned(problem: Problem) -> Tensor:
+    """An output of NaN in the layout of the input."""
+    case = problem.case
+    y = torch.full((case.n, case.k, *case.out_size), float("nan"), dtype=case.dtype)
+    return y.contiguous(memory_format=memory_format(problem.x))
+
+
+def _common(problem: Problem, y: Tensor) -> dict[str, Any]:
+    """The fields of ConvParams."""
+    return {
+        "shape": shape_of(problem),
+        "dtype": _DTYPES[problem.case.dtype],
+        "layout": _layout(problem),
+        "activation": _ACTIVATIONS.index(problem.case.activation),
+        "x": problem.x.data_ptr(),
+        "bias": _pointer(problem.bias),
+        "residual": _pointer(problem.residual),
+        "y": y.data_ptr(),
+    }
 
 
 def shape_of(problem: Problem) -> ConvShape:

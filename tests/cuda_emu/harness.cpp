@@ -30,6 +30,10 @@ int emu_csr_conv2d_grad_values(const sparsecnn::CsrConv2dGradValuesParams* param
   return guarded([&] { return sparsecnn::cuda::csr_conv2d_grad_values(*params, nullptr); });
 }
 
+int emu_depthwise_conv2d(const sparsecnn::DepthwiseConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::depthwise_conv2d(*params, nullptr); });
+}
+
 const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(error); }
 
 const char* emu_message() { return message.c_str(); }
@@ -44,6 +48,8 @@ int64_t emu_launches() { return emu::device().launches; }
 const char* emu_kernel() { return emu::device().kernel.c_str(); }
 
 size_t emu_sizeof_params() { return sizeof(sparsecnn::CsrConv2dParams); }
+
+size_t emu_sizeof_depthwise_params() { return sizeof(sparsecnn::DepthwiseConv2dParams); }
 
 // One barrier that half of the block never reaches: the emulator must refuse it.
 int emu_divergent_barrier() {

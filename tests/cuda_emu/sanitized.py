@@ -24,6 +24,11 @@ def main() -> None:
         problem.check(emu.forward(problem))
         emu.grad_values(problem, torch.ones(case.n, case.k, *case.out_size))
         count += 1
+    for case in cases.DEPTHWISE:
+        for layout in ("contiguous", "channels_last"):
+            problem = build(case.but(layout=layout))
+            problem.check(emu.depthwise(problem))
+            count += 1
     print(f"{count} cases passed")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,22 +20,6 @@ pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs
 
 # Multiprocessors of the pretended GPU: the fewer, the larger the block that fills them twice.
 SM_COUNTS = {"large": 0, "medium": 1, "small": 100_000}
-
-
-@pytest.fixture(scope="session")
-def emu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulator.build(tmp_path_factory.mktemp("emu") / "emu.so")
-
-
-@pytest.fixture
-def emu(emu_library: Path) -> Emulator:
-    return Emulator(emu_library)
-
-
-@pytest.fixture(params=["0", "1", "2"])
-def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("CUDA_EMU_ORDER", request.param)
-    yield request.param
 
 
 def check_grad(problem: Problem, emu: Emulator) -> Tensor:

@@ -25,7 +25,7 @@ def op_args(problem: Problem) -> tuple[Any, ...]:
     case = problem.case
     return (
         problem.x,
-        problem.weight,
+        problem.weight.to(problem.x.device),
         problem.bias,
         problem.residual,
         list(case.stride),
@@ -37,7 +37,8 @@ def op_args(problem: Problem) -> tuple[Any, ...]:
 
 def run_op(problem: Problem) -> Tensor:
     """The registered operator, its allocations and its scratch memory filled with NaN first."""
-    stain_scratch()
+    if problem.x.device.type == "cpu":
+        stain_scratch()
     with nan_filled_allocations():
         y: Tensor = torch.ops.sparsecnn.depthwise_conv2d.default(*op_args(problem))
     return y

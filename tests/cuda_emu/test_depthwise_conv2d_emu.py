@@ -1,0 +1,178 @@
+"""depthwise_conv2d on the emulator: the logic of its three kernels, without a GPU."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.cases import ConvCase, Problem, build
+from tests.cuda_emu import cases, emulator
+from tests.cuda_emu.emulator import DepthwiseParams, Emulator
+
+pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
+
+BASE = cases.DEPTHWISE[0]
+
+
+def test_integers_are_exact(emu: Emulator) -> None:
+    kernels = set()
+    for case in cases.DEPTHWISE:
+        for layout in ("contiguous", "channels_last"):
+            problem = build(case.but(layout=layout))
+            problem.check(emu.depthwise(problem))
+            kernels.add(emu.kernel)
+    fixed = [f"<float, {size}, {stride}>" for size in (3, 5, 7) for stride in (1, 2)]
+    want = {f"launch_{kind}{what}" for kind in ("planes", "channels") for what in fixed}
+    assert kernels == want | {"launch_direct<float>"}
+
+
+@pytest.mark.parametrize("index", [0, 3, 7, 12, 21, -1])
+def test_every_type_layout_and_order(emu: Emulator, index: int, thread_order: str) -> None:
+    for variant in cases.variants(cases.DEPTHWISE[index]):
+        problem = build(variant)
+        problem.check(emu.depthwise(problem))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_in_every_type(emu: Emulator, activation: str) -> None:
+    for variant in cases.variants(BASE.but(activation=activation, residual=True, n=1)):
+        problem = build(variant)
+        problem.check(emu.depthwise(problem))
+
+
+def test_all_kernels_give_the_same_bits(emu: Emulator) -> None:
+    # The same products in the same order: as planes, as channels, and one filter of two a channel.
+    for kernel, stride in (((3, 3), (1, 1)), ((5, 5), (2, 2)), ((7, 7), (1, 1))):
+        case = BASE.but(kernel=kernel, stride=stride, integers=False)
+        planes = build(case)
+        results = [emu.depthwise(planes)]
+        kernels = [emu.kernel]
+        last = build(case.but(layout="channels_last"))
+        results.append(emu.depthwise(last))
+        kernels.append(emu.kernel)
+        twice = case.but(k=2 * case.k, layout="channels_last")
+        two = build(twice)
+        assert two.bias is not None and planes.bias is not None
+        two.weight.copy_(planes.weight.repeat_interleave(2, 0))
+        two.bias.copy_(planes.bias.repeat_interleave(2))
+        results.append(emu.depthwise(two)[:, ::2])
+        kernels.append(emu.kernel)
+        assert [name.split("<")[0] for name in kernels] == [
+            "launch_planes", "launch_channels", "launch_direct"
+        ]  # fmt: skip
+        for problem in (last, two):
+            assert torch.equal(problem.x, planes.x)
+        for other in results[1:]:
+            assert torch.equal(results[0], other)
+
+
+def test_unaligned_tensors_are_not_read_as_vectors(emu: Emulator) -> None:
+    problem = build(BASE.but(layout="channels_last"))
+    n, c, h, w = problem.x.shape
+    memory = torch.empty(1 + problem.x.numel())
+    moved = memory[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    moved.copy_(problem.x)
+    assert moved.data_ptr() % 16 != 0
+    problem.x = moved
+    problem.check(emu.depthwise(problem))
+    assert emu.kernel == "launch_direct<float>"
+
+
+def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 2")}
+    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
+    case = BASE.but(n=3, h=40, w=33, c=260, k=260, groups=260)
+    for order, layout in (("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")):
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        problem = build(case.but(layout=layout))
+        problem.check(emu.depthwise(problem))
+    direct = build(case.but(dilation=(2, 2), c=40, k=40, groups=40))
+    problem.check(emu.depthwise(problem))
+    direct.check(emu.depthwise(direct))
+
+
+FAULTS = {
+    "no barrier behind the filters": (
+        """    __syncthreads();
+    const int64_t strip = chunk""",
+        "    const int64_t strip = chunk",
+    ),
+    "a row of the halo": ("row >= 0 && row < s.h;", "row >= 0 && row < s.h - 1;"),
+    "a column of the halo": ("col0 + t < s.w", "col0 + t < s.w - 1"),
+    "one tap off": ("const int t = j - i * kStride;", "const int t = j - i * kStride + 1;"),
+    "an output too many": ("if (p0 + i < s.p)", "if (p0 + i <= s.p)"),
+    "a vector too many": ("if (q0 + i >= s.q) break;", "if (q0 + i > s.q) break;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
+    edits = {"depthwise_conv2d.cu": FAULTS[fault]}
+    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+    with pytest.raises(AssertionError):
+        for case in cases.DEPTHWISE:
+            for layout in ("contiguous", "channels_last"):
+                problem = build(case.but(layout=layout))
+                problem.check(emu.depthwise(problem))
+
+
+def test_nothing_to_compute_launches_nothing(emu: Emulator) -> None:
+    before = emu.launches
+    assert emu.depthwise(build(BASE.but(n=0))).numel() == 0
+    assert emu.launches == before
+
+
+def test_refusals(emu: Emulator) -> None:
+    with pytest.raises(ValueError, match="invalid argument"):
+        emu.depthwise(build(BASE.but(dtype=torch.float64)))
+    with pytest.raises(ValueError, match="invalid argument"):
+        emu.depthwise(build(ConvCase(c=4, k=4, groups=2, pattern="full")))
+
+
+def test_nan_passes_every_activation(emu: Emulator) -> None:
+    for activation in reference.ACTIVATIONS:
+        for layout in ("contiguous", "channels_last"):
+            problem = build(BASE.but(integers=False, activation=activation, layout=layout))
+            assert problem.bias is not None
+            problem.bias[3] = float("nan")
+            y = emu.depthwise(problem)
+            others = [0, 1, 2, 4, 5, 6, 7]
+            assert bool(y[:, 3].isnan().all()) and not bool(y[:, others].isnan().any()), activation
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
+    # Two channels of 33000 x 33000 half floats, of which the stride touches the corners only
+    # (untouched pages of the mapping take no memory).
+    side, stride = 33_000, 32_999
+    try:
+        memory = mmap.mmap(-1, 4 * side * side)
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    x = torch.frombuffer(memory, dtype=torch.float16)
+    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
+    corners = x[:, :, ::stride, ::stride]
+    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    case = ConvCase(n=1, c=2, h=side, w=side, k=2, kernel=(1, 1), groups=2, pattern="full").but(
+        padding=(0, 0, 0, 0), stride=(stride, stride), bias=False, dtype=torch.float16
+    )
+    weight = torch.tensor([3.0, 5.0], dtype=torch.float16).view(2, 1, 1, 1)
+    empty = torch.empty(0, dtype=torch.int32)
+    problem = Problem(case, x, weight, weight.view(-1), empty, empty, None, None)
+    y = torch.full((1, 2, 2, 2), float("nan"), dtype=torch.float16)
+    y = y.contiguous(memory_format=torch.channels_last) if layout else y
+    emu.depthwise_raw(
+        DepthwiseParams(
+            shape=emulator.shape_of(problem),
+            dtype=2,
+            layout=layout,
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            weight=weight.data_ptr(),
+        )
+    )
+    assert torch.equal(y, corners * weight.view(1, 2, 1, 1))

@@ -1,0 +1,86 @@
+"""What only a GPU can show of the CUDA operators: graphs, streams, other devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import ConvCase, Problem, build
+from tests.ops import csr, depthwise
+
+CASE = ConvCase(n=2, c=8, h=13, w=11, k=8, residual=True, activation="relu", integers=True)
+OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
+    "csr_conv2d": (
+        CASE.but(density=0.3),
+        lambda p: torch.ops.sparsecnn.csr_conv2d.default(*csr.op_args(p)),
+    ),
+    "depthwise_conv2d": (
+        depthwise.depthwise(CASE),
+        lambda p: torch.ops.sparsecnn.depthwise_conv2d.default(*depthwise.op_args(p)),
+    ),
+}
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def on(device: str, name: str, layout: str) -> tuple[Problem, Callable[[Problem], Tensor]]:
+    """A problem of an op with every tensor on a device, and the call."""
+    case, call = OPS[name]
+    problem = build(case.but(layout=layout), device)
+    return dataclasses.replace(problem, weight=problem.weight.to(device)), call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPS)
+def test_graph_capture(name: str, layout: str, cuda: str) -> None:
+    problem, call = on(cuda, name, layout)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(problem)  # what a first call allocates stays out of the graph
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(problem)
+    for scale in (1, -2):
+        problem.x.mul_(scale)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, call(problem))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPS)
+def test_runs_on_the_current_stream(name: str, layout: str, cuda: str) -> None:
+    problem, call = on(cuda, name, layout)
+    want = call(problem)
+    late = dataclasses.replace(problem, x=torch.full_like(problem.x, float("nan")))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # some 30 ms: another stream would read the NaN
+        late.x.copy_(problem.x)
+        y = call(late)
+    side.synchronize()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_tensors_on_another_device(name: str, cuda: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    first, call = on("cuda:0", name, "contiguous")
+    second, _ = on("cuda:1", name, "contiguous")
+    y = call(second)  # device 0 is the current one
+    assert y.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), call(first).cpu())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_float64_is_refused(name: str, cuda: str) -> None:
+    case, call = OPS[name]
+    with pytest.raises(RuntimeError, match=f"{name}: expected float32, float16 or bfloat16"):
+        call(build(case.but(dtype=torch.float64), cuda))
