@@ -32,7 +32,8 @@ class _Microbatches:
         module = self.module
         forward = type(module).forward
         # Statistics over a batch need all of it, and a traced batch size would become a constant.
-        if module.training or torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if module.training or traced:
             return forward(module, *args, **kwargs)
         values, spec = tree_flatten((args, kwargs))
         batch = _batch_of(values)
@@ -84,8 +85,8 @@ def microbatch_(module: nn.Module, images: int | None) -> nn.Module:
 
     A large batch streams every activation through main memory; a few images stay in the caches from
     layer to layer ("depth first"). The results are those of the whole batch for any module that
-    treats images independently, as networks in evaluation mode do. In training mode and under
-    `torch.compile` and `torch.export` the whole batch runs at once.
+    treats images independently, as networks in evaluation mode do. In training mode and while
+    `torch.compile`, `torch.export` or `torch.jit.trace` looks, the whole batch runs at once.
 
     Every tensor among the arguments is cut along its first axis, if all have the same there (else
     nothing is cut), and the outputs, tensors or nested tuples, lists and dicts of them, are
