@@ -42,9 +42,14 @@ struct alignas(16) Vector {
   T v[kVector<T>];
 };
 
+__device__ __forceinline__ int clamp(int64_t v, int most) {
+  return v < 0 ? 0 : (v < most ? static_cast<int>(v) : most);
+}
+
 template <typename T, int kFilter, int kStride>
 __global__ void __launch_bounds__(kThreads, 2)
     depthwise_conv2d_planes(const DepthwiseConv2dParams prm, int64_t strips, int64_t work) {
+  constexpr int kRows = (kTall - 1) * kStride + kFilter;  // of a window
   const ConvShape& s = prm.shape;
   const T* weight = static_cast<const T*>(prm.weight);
   const int64_t filters = s.k / s.c;
@@ -54,23 +59,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t n = divide(divide(divide(item, s.q, &q), strips, &strip), s.k, &k);
     const T* x = static_cast<const T*>(prm.x) + (n * s.c + k / filters) * s.h * s.w;
     const int64_t row0 = strip * kTall * kStride - s.pad_top, col0 = q * kStride - s.pad_left;
+    // The rows and columns of the window that lie inside the plane, as small numbers: comparisons
+    // of 64 bits for every element would take registers and half of the instructions.
+    const int row_begin = clamp(-row0, kRows), row_end = clamp(s.h - row0, kRows);
+    const int col_begin = clamp(-col0, kFilter), col_end = clamp(s.w - col0, kFilter);
 
     float w[kFilter][kFilter], sum[kTall];
 #pragma unroll
     for (int r = 0; r < kFilter; ++r)
 #pragma unroll
-      for (int t = 0; t < kFilter; ++t)
-        w[r][t] = to_float(weight[(k * kFilter + r) * kFilter + t]);
+      for (int t = 0; t < kFilter; ++t) w[r][t] = to_float(weight[(k * kFilter + r) * kFilter + t]);
 #pragma unroll
     for (int i = 0; i < kTall; ++i) sum[i] = 0.f;
+    int64_t at = row0 * s.w + col0;
 #pragma unroll
-    for (int i = 0; i < (kTall - 1) * kStride + kFilter; ++i) {
-      const int64_t row = row0 + i, at = row * s.w + col0;
-      const bool row_inside = row >= 0 && row < s.h;
+    for (int i = 0; i < kRows; ++i, at += s.w) {
       float in[kFilter];
 #pragma unroll
       for (int t = 0; t < kFilter; ++t) {
-        const bool inside = row_inside && col0 + t >= 0 && col0 + t < s.w;
+        const bool inside = i >= row_begin && i < row_end && t >= col_begin && t < col_end;
         in[t] = inside ? to_float(x[at + t]) : 0.f;
       }
 #pragma unroll
@@ -84,8 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t p0 = strip * kTall;
 #pragma unroll
     for (int i = 0; i < kTall; ++i) {
-      if (p0 + i < s.p)
-        store_output<T>(prm, sum[i], k, ((n * s.k + k) * s.p + p0 + i) * s.q + q);
+      if (p0 + i < s.p) store_output<T>(prm, sum[i], k, ((n * s.k + k) * s.p + p0 + i) * s.q + q);
     }
   }
 }
