@@ -32,8 +32,8 @@ class _Microbatches:
         module = self.module
         forward = type(module).forward
         # Statistics over a batch need all of it, and a traced batch size would become a constant.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if module.training or traced:
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if module.training or traced or torch.compiler.is_compiling():
             return forward(module, *args, **kwargs)
         values, spec = tree_flatten((args, kwargs))
         batch = _batch_of(values)
