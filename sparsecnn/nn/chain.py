@@ -12,7 +12,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from sparsecnn.formats.chain import MAX_STAGES, ChainGeometry, ChainStage
 from sparsecnn.nn._common import ChannelsInnermost, check_activation, inherit, own_bias
-from sparsecnn.ops.chain_conv2d import check_stage, run_chain_conv2d
+from sparsecnn.ops._common import try_quick
+from sparsecnn.ops.chain_conv2d import CHAIN_CONV2D, check_stage, op_arguments, run_chain_conv2d
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -227,9 +228,19 @@ class ChainConv2d(nn.Module):
             return self.forward(x.unsqueeze(0), r).squeeze(0)
         if residual is None and self.residual:
             residual = x
-        stages = [s._parameters for s in self.stages]
-        weights: list[Any] = [s["weight"] for s in stages]
-        return run_chain_conv2d(x, weights, [s["bias"] for s in stages], residual, self._geometry)
+        stages = list(self.stages)
+        own = [s._parameters for s in stages]
+        # Weights and biases that are computed (parametrized, pruned) are attributes of the stage.
+        if all("weight" in p and "bias" in p for p in own):
+            weights: list[Any] = [p["weight"] for p in own]
+            biases: list[Any] = [p["bias"] for p in own]
+            arguments = op_arguments(x, weights, biases, residual, self._geometry)
+            y = try_quick(CHAIN_CONV2D, arguments, weights, [*biases, residual])
+            if y is not None:
+                return y
+        else:
+            weights, biases = [s.weight for s in stages], [s.bias for s in stages]
+        return run_chain_conv2d(x, weights, biases, residual, self._geometry)
 
     def extra_repr(self) -> str:
         """Whether the input is added."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn._common import ConvDropIn, check_activation, inherit, own_bias
 from sparsecnn.nn._packed import PackedLayer
-from sparsecnn.ops.csr_conv2d import csr_linear, run_csr_conv2d
+from sparsecnn.ops._common import try_quick
+from sparsecnn.ops.csr_conv2d import CSR_CONV2D, csr_linear, run_csr_conv2d
 
 
 class _CSRLayer(PackedLayer):
@@ -49,6 +50,15 @@ class CSRConv2d(_CSRLayer, ConvDropIn):
     """
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        own, kept = self._parameters, self._buffers
+        # Values and biases that are computed (parametrized, pruned) are no parameters.
+        if x.shape[1] == self.in_channels and "bias" in own:
+            weight = own.get("values"), kept.get("col_idx"), kept.get("row_ptr")
+            ends = own["bias"], residual
+            arguments = (x, *weight, *ends, *self._geometry, self.groups, self.activation)
+            y = try_quick(CSR_CONV2D, arguments, weight, ends)
+            if y is not None:
+                return y
         return run_csr_conv2d(
             x, self.weight, self.bias, residual, self._geometry, self.groups, self.activation
         )

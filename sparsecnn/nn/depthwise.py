@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.nn._common import ConvDropIn
-from sparsecnn.ops.depthwise_conv2d import run_depthwise_conv2d
+from sparsecnn.ops._common import try_quick
+from sparsecnn.ops.depthwise_conv2d import DEPTHWISE_CONV2D, run_depthwise_conv2d
 
 
 class DepthwiseConv2d(ConvDropIn):
@@ -39,6 +40,19 @@ class DepthwiseConv2d(ConvDropIn):
         return self.weight.requires_grad
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        # The op would take fewer channels for more filters a channel.
+        if x.dim() == 4 and x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"DepthwiseConv2d: expected x with {self.in_channels} channels, "
+                f"got {tuple(x.shape)}"
+            )
+        own = self._parameters
+        if "weight" in own and "bias" in own:  # else computed: parametrized, pruned
+            weight, ends = (own["weight"],), (own["bias"], residual)
+            arguments = (x, *weight, *ends, *self._geometry[1:], self.activation)
+            y = try_quick(DEPTHWISE_CONV2D, arguments, weight, ends)
+            if y is not None:
+                return y
         return run_depthwise_conv2d(
             x, self.weight, self.bias, residual, self._geometry, self.activation
         )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn.nn._common import ChannelsInnermost, ConvDropIn
-from sparsecnn.ops.pointwise_conv2d import run_pointwise_conv2d
+from sparsecnn.ops._common import try_quick
+from sparsecnn.ops.pointwise_conv2d import POINTWISE_CONV2D, run_pointwise_conv2d
 
 
 class PointwiseConv2d(ChannelsInnermost, ConvDropIn):
@@ -36,6 +37,13 @@ class PointwiseConv2d(ChannelsInnermost, ConvDropIn):
         return self.weight.requires_grad
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        own = self._parameters
+        if "weight" in own and "bias" in own:  # else computed: parametrized, pruned
+            weight, ends = (own["weight"],), (own["bias"], residual)
+            arguments = (x, *weight, *ends, self._geometry[1], self.activation)
+            y = try_quick(POINTWISE_CONV2D, arguments, weight, ends)
+            if y is not None:
+                return y
         return run_pointwise_conv2d(
             x, self.weight, self.bias, residual, self._geometry[1], self.activation
         )

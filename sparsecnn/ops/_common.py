@@ -18,6 +18,7 @@ CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The way a kernel of torch calls itself where nothing is to be recorded.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transform = torch._C._functorch.peek_interpreter_stack  # of torch.func, None outside of all
+_autocast_anywhere = torch._C._is_any_autocast_enabled
 _plain_geometry = functools.lru_cache(maxsize=1024)(conv_geometry)
 
 
@@ -107,6 +108,49 @@ def run_op(
     except (RuntimeError, TypeError):
         check(*checked)
         raise
+
+
+def try_quick(
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    needed: Sequence[Tensor | None],
+    optional: Sequence[Tensor | None],
+) -> Tensor | None:
+    """``op(*arguments)`` for a layer in a plain inference call on the CPU, else None.
+
+    The way of `run_op` costs a layer some 10 us of Python in a warm loop and several times that
+    behind a layer that has emptied the caches. This is the part of it that such a call needs. None
+    also where the op refuses: the full way says better why.
+
+    Args:
+        op: the overload.
+        arguments: all of the op; the first is an input with the channels of the layer.
+        needed: tensors of the layer among them; None where one is no parameter or buffer.
+        optional: bias and residual.
+    """
+    x = arguments[0]
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or torch.is_grad_enabled()
+        or _autocast_anywhere()
+        or _transform() is not None
+    ):
+        return None
+    # Which implementation sees the arguments is decided by all of them.
+    for t in needed:
+        if t is None or not t.is_cpu:
+            return None
+    for t in optional:
+        if t is not None and not t.is_cpu:
+            return None
+    try:
+        with _below_autograd():
+            y: Tensor = op(*arguments)
+    except (RuntimeError, TypeError):
+        return None
+    return y
 
 
 def _records_nothing(arguments: tuple[Any, ...]) -> bool:

@@ -25,7 +25,7 @@ from sparsecnn.ops._check import check_conv, conv_geometry, out_extent
 from sparsecnn.ops._common import autocast, autocast_is_on, dtypes_for, fake_image, is_eager, run_op
 
 _OP = "chain_conv2d"
-_chain_conv2d_op = torch.ops.sparsecnn.chain_conv2d.default
+CHAIN_CONV2D = torch.ops.sparsecnn.chain_conv2d.default
 
 
 def check_stage(op: str, weight_shape: Sequence[int], groups: int) -> None:
@@ -139,12 +139,23 @@ def run_chain_conv2d(
     is_plain = is_eager(x) and x.is_cpu and x.dim() == 4 and _on_cpu(*weights, *biases, residual)
     if not is_plain:
         _check(*checked)
-    arguments = (
+    arguments = op_arguments(x, weights, biases, residual, geometry)
+    return run_op(CHAIN_CONV2D, arguments, _check, checked, is_plain)
+
+
+def op_arguments(
+    x: Tensor,
+    weights: list[Any],
+    biases: list[Any],
+    residual: Tensor | None,
+    geometry: ChainGeometry,
+) -> tuple[Any, ...]:
+    """What the op takes."""
+    return (
         x, weights, [b for b in biases if b is not None], residual,
         [int(b is not None) for b in biases], geometry.stride, geometry.padding,
         geometry.dilation, geometry.groups, geometry.activations,
     )  # fmt: skip
-    return run_op(_chain_conv2d_op, arguments, _check, checked, is_plain)
 
 
 def _on_cpu(*tensors: Any) -> bool:

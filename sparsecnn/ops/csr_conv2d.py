@@ -29,7 +29,7 @@ from sparsecnn.ops._common import (
 )
 
 _OP = "csr_conv2d"
-_csr_conv2d_op = torch.ops.sparsecnn.csr_conv2d.default
+CSR_CONV2D = torch.ops.sparsecnn.csr_conv2d.default
 
 
 def _check(
@@ -131,7 +131,7 @@ def run_csr_conv2d(
         x, weight.values, weight.col_idx, weight.row_ptr, bias, residual, *geometry, groups,
         activation,
     )  # fmt: skip
-    return run_op(_csr_conv2d_op, arguments, _check, checked, is_plain)
+    return run_op(CSR_CONV2D, arguments, _check, checked, is_plain)
 
 
 def csr_linear(
@@ -260,7 +260,7 @@ def _grad_input(
         top, h - grad.shape[2] - top + reach[0],
         left, w - grad.shape[3] - left + reach[1],
     ]  # fmt: skip
-    out: Tensor = _csr_conv2d_op(
+    out: Tensor = CSR_CONV2D(
         grad,
         values[permutation],
         col_t,
@@ -306,14 +306,14 @@ def _backward_grad_values(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     need = ctx.needs_input_grad
     grad_grad_y = None
     if need[0]:
-        grad_grad_y = _csr_conv2d_op(
+        grad_grad_y = CSR_CONV2D(
             x, g, col_idx, row_ptr, None, None, *ctx.geometry, "none"
         )
     grad_x = _grad_input(grad_y, x, g, col_idx, row_ptr, *ctx.geometry) if need[1] else None
     return grad_grad_y, grad_x, *([None] * 7)
 
 
-register_fused(_csr_conv2d_op, 3, _grad_conv)
+register_fused(CSR_CONV2D, 3, _grad_conv)
 torch.library.register_autograd(
     "sparsecnn::csr_conv2d_grad_values", _backward_grad_values, setup_context=_setup_grad_values
 )

@@ -29,7 +29,7 @@ from sparsecnn.ops._common import (
 )
 
 _OP = "depthwise_conv2d"
-_depthwise_conv2d_op = torch.ops.sparsecnn.depthwise_conv2d.default
+DEPTHWISE_CONV2D = torch.ops.sparsecnn.depthwise_conv2d.default
 
 
 def _check(
@@ -134,7 +134,7 @@ def run_depthwise_conv2d(
     )
     if not is_plain:
         _check(*checked)
-    return run_op(_depthwise_conv2d_op, arguments, _check, checked, is_plain)
+    return run_op(DEPTHWISE_CONV2D, arguments, _check, checked, is_plain)
 
 
 @torch.library.register_fake("sparsecnn::depthwise_conv2d")
@@ -178,4 +178,4 @@ def _grad_conv(
     return grad_dense(grad, x, weight, stride, padding, dilation, x.shape[1], need)
 
 
-register_fused(_depthwise_conv2d_op, 1, _grad_conv)
+register_fused(DEPTHWISE_CONV2D, 1, _grad_conv)

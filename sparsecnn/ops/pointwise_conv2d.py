@@ -26,7 +26,7 @@ from sparsecnn.ops._common import (
 )
 
 _OP = "pointwise_conv2d"
-_pointwise_conv2d_op = torch.ops.sparsecnn.pointwise_conv2d.default
+POINTWISE_CONV2D = torch.ops.sparsecnn.pointwise_conv2d.default
 
 
 def pointwise_conv2d(
@@ -93,7 +93,7 @@ def run_pointwise_conv2d(
     )
     if not is_plain:
         _check(*arguments)
-    return run_op(_pointwise_conv2d_op, arguments, _check, arguments, is_plain)
+    return run_op(POINTWISE_CONV2D, arguments, _check, arguments, is_plain)
 
 
 def _check(
@@ -147,4 +147,4 @@ def _grad_conv(
     return grad_dense(grad, x, weight, stride, [0, 0, 0, 0], [1, 1], 1, need)
 
 
-register_fused(_pointwise_conv2d_op, 1, _grad_conv)
+register_fused(POINTWISE_CONV2D, 1, _grad_conv)

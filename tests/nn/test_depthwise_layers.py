@@ -207,5 +207,5 @@ def test_what_is_not_depthwise_is_refused_by_name() -> None:
         DepthwiseConv2d.from_dense(nn.Linear(2, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected activation one of none, .*got 'tanh'"):
         DepthwiseConv2d(6, 6, 3, groups=6, activation="tanh")
-    with pytest.raises(ValueError, match=r"multiple of the 5 channels"):
+    with pytest.raises(ValueError, match=r"expected x with 6 channels, got \(1, 5"):
         DepthwiseConv2d.from_dense(conv())(image(1, 5, 7, 8))
