@@ -330,16 +330,9 @@ int32_t csr_conv2d(const CsrConv2dParams& params, void* stream) {
   if (s.groups < 1 || s.k > kNoColumn - 1 || s.columns() > kNoColumn - 1)
     return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch<float>(params, on);
-    case DType::kFloat16:
-      return launch<__half>(params, on);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_storage(params.dtype, [&](auto storage) {
+    return launch<typename decltype(storage)::type>(params, on);
+  });
 }
 
 }  // namespace sparsecnn::cuda

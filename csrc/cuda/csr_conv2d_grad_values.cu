@@ -163,16 +163,9 @@ int32_t csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, void* st
   if (s.k * s.columns() == 0) return cudaSuccess;  // nothing can be stored
   if (s.groups < 1 || s.k >= INT32_MAX || s.columns() >= INT32_MAX) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch<float>(params, on);
-    case DType::kFloat16:
-      return launch<__half>(params, on);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_storage(params.dtype, [&](auto storage) {
+    return launch<typename decltype(storage)::type>(params, on);
+  });
 }
 
 }  // namespace sparsecnn::cuda

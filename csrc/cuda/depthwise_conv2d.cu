@@ -280,16 +280,9 @@ int32_t depthwise_conv2d(const DepthwiseConv2dParams& params, void* stream) {
   if (s.n * s.k * s.p * s.q == 0) return cudaSuccess;
   if (s.c < 1 || s.groups != s.c || s.k % s.c != 0) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch<float>(params, on);
-    case DType::kFloat16:
-      return launch<__half>(params, on);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_storage(params.dtype, [&](auto storage) {
+    return launch<typename decltype(storage)::type>(params, on);
+  });
 }
 
 }  // namespace sparsecnn::cuda

@@ -126,6 +126,26 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
 // Whether 16 bytes may be read or written at once there.
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+template <typename T>
+struct Storage {
+  using type = T;
+};
+
+// run(Storage<T>{}) with the storage type of a dtype; no kernel computes in double.
+template <class Run>
+inline cudaError_t with_storage(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(Storage<float>{});
+    case DType::kFloat16:
+      return run(Storage<__half>{});
+    case DType::kBFloat16:
+      return run(Storage<__nv_bfloat16>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid);
 }
