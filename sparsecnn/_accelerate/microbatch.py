@@ -7,17 +7,15 @@ are chosen twice, for the whole batch and for one image, and whole models decide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..measure import LatencyStats, time_interleaved
 from ..nn.microbatch import has_own_forward
 from .assemble import Plan
 from .choice import Settings, surely_faster
-from .model import MODEL_BUDGET_S, MODEL_MARGIN, Outcome, Variants
+from .model import MODEL_MARGIN, Outcome, Variants, time_trials
 
 # Fewer images than this are not worth a second choice of all layers.
 LEAST_BATCH = 4
@@ -67,21 +65,24 @@ def choose_parts(whole: Found, one: Found, settings: Settings) -> Found:
     sites = one.variants.sites
     split = Variants(one.variants.model, example, reference, sites, stable=True, layer_images=1)
     trials = {"whole": (whole.variants, plain.plan)}
+    worst: dict[str, float] = {}  # difference of the outputs to the original's
     for kind, variants, plan in (
         ("batch", whole.variants, plain.plan),
         ("image", split, one.outcome.plan),
     ):
         for images in (n for n in PARTS if n < whole.variants.images):
             trial = replace(plan, images=images)
-            if not variants.disagreement(trial)[1]:
+            difference, why = variants.disagreement(trial)
+            if not why:
                 trials[f"{kind} {images}"] = variants, trial
-    times = _time(trials, settings)
+                worst[f"{kind} {images}"] = difference
+    times = time_trials(trials, settings)
     best = min(trials, key=lambda name: times[name].median_s)
     if best == "whole":
         return whole
     before = Plan(whole.variants.own_layout)
     finalists = {"whole": trials["whole"], best: trials[best], "before": (whole.variants, before)}
-    times = _time(finalists, settings, effort=4)
+    times = time_trials(finalists, settings, effort=4)
     if not surely_faster(times[best], times["whole"], MODEL_MARGIN):
         return whole
     variants, plan = trials[best]
@@ -96,19 +97,8 @@ def choose_parts(whole: Found, one: Found, settings: Settings) -> Found:
         plan,
         min(times["before"], plain.before, key=lambda stats: stats.median_s),
         times[best],
-        variants.disagreement(plan)[0],
+        worst[best],
         [*measured.outcome.notes, note],
     )
     return Found(variants, outcome)
 
-
-def _time(
-    trials: Mapping[str, tuple[Variants, Plan]], settings: Settings, effort: int = 1
-) -> dict[str, LatencyStats]:
-    fns = {name: variants.forward(plan) for name, (variants, plan) in trials.items()}
-    return time_interleaved(
-        fns,
-        warmup=settings.warmup,
-        runs=settings.runs * effort,
-        max_time_s=MODEL_BUDGET_S * effort,
-    )

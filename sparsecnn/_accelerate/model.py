@@ -9,7 +9,7 @@ layers that are to blame.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -136,14 +136,29 @@ class Variants:
         self, plans: Sequence[Plan], settings: Settings, effort: int = 1
     ) -> dict[Plan, LatencyStats]:
         """Time variants in turn, with `effort` times the usual runs and time."""
-        stats = time_interleaved(
-            {plan.label: self.forward(plan) for plan in plans},
-            warmup=settings.warmup,
-            runs=settings.runs * effort,
-            max_time_s=MODEL_BUDGET_S * effort,
-            device=self.example[0].device,
-        )
+        trials = {plan.label: (self, plan) for plan in plans}
+        stats = time_trials(trials, settings, effort)
         return {plan: stats[plan.label] for plan in plans}
+
+
+def time_trials(
+    trials: Mapping[str, tuple[Variants, Plan]], settings: Settings, effort: int = 1
+) -> dict[str, LatencyStats]:
+    """Time whole models in turn, with `effort` times the usual runs and time; name -> statistics.
+
+    Args:
+        trials: name -> a plan and the variants it is one of; all run the same example.
+        settings: how to measure.
+        effort: multiplies runs and budget.
+    """
+    variants, _ = next(iter(trials.values()))
+    return time_interleaved(
+        {name: variants.forward(plan) for name, (variants, plan) in trials.items()},
+        warmup=settings.warmup,
+        runs=settings.runs * effort,
+        max_time_s=MODEL_BUDGET_S * effort,
+        device=variants.example[0].device,
+    )
 
 
 def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[float, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 
+import pytest
 import torch
+from torch import Tensor
 
 from tests.cases import ConvCase
 
@@ -115,3 +118,19 @@ def variants(case: ConvCase) -> list[ConvCase]:
         for layout in ("contiguous", "channels_last"):
             cases.append(dataclasses.replace(case, integers=False, dtype=dtype, layout=layout))
     return cases
+
+
+def huge_image(layout: int, side: int) -> tuple[Tensor, Tensor]:
+    """Two channels of side x side half floats in NCHW (0) or NHWC (1), and their four corners.
+
+    The corners, 1 to 8, are all that is written: untouched pages of the mapping take no memory.
+    """
+    try:
+        memory = mmap.mmap(-1, 4 * side * side)
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    x = torch.frombuffer(memory, dtype=torch.float16)
+    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
+    corners = x[:, :, :: side - 1, :: side - 1]
+    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    return x, corners

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 from pathlib import Path
 
 import pytest
@@ -141,17 +140,9 @@ def test_nan_passes_every_activation(emu: Emulator) -> None:
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
-    # Two channels of 33000 x 33000 half floats, of which the stride touches the corners only
-    # (untouched pages of the mapping take no memory).
+    # 4.4 GB of addresses, of which the stride touches the corners only.
     side, stride = 33_000, 32_999
-    try:
-        memory = mmap.mmap(-1, 4 * side * side)
-    except OSError as error:
-        pytest.skip(f"no address space: {error}")
-    x = torch.frombuffer(memory, dtype=torch.float16)
-    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
-    corners = x[:, :, ::stride, ::stride]
-    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    x, corners = cases.huge_image(layout, side)
     case = ConvCase(n=1, c=2, h=side, w=side, k=2, kernel=(1, 1), groups=2, pattern="full").but(
         padding=(0, 0, 0, 0), stride=(stride, stride), bias=False, dtype=torch.float16
     )
