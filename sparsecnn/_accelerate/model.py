@@ -136,21 +136,14 @@ class Variants:
         self, plans: Sequence[Plan], settings: Settings, effort: int = 1
     ) -> dict[Plan, LatencyStats]:
         """Time variants in turn, with `effort` times the usual runs and time."""
-        trials = {plan.label: (self, plan) for plan in plans}
-        stats = time_trials(trials, settings, effort)
+        stats = time_trials({plan.label: (self, plan) for plan in plans}, settings, effort)
         return {plan: stats[plan.label] for plan in plans}
 
 
 def time_trials(
     trials: Mapping[str, tuple[Variants, Plan]], settings: Settings, effort: int = 1
 ) -> dict[str, LatencyStats]:
-    """Time whole models in turn, with `effort` times the usual runs and time; name -> statistics.
-
-    Args:
-        trials: name -> a plan and the variants it is one of; all run the same example.
-        settings: how to measure.
-        effort: multiplies runs and budget.
-    """
+    """Time plans in turn, each with the variants it is one of, all on one example."""
     variants, _ = next(iter(trials.values()))
     return time_interleaved(
         {name: variants.forward(plan) for name, (variants, plan) in trials.items()},
