@@ -12,7 +12,7 @@ from typing_extensions import Self
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.nn._common import ConvDropIn, check_activation, inherit, own_bias
 from sparsecnn.nn._packed import PackedLayer
-from sparsecnn.ops._common import try_quick
+from sparsecnn.ops._common import is_eager, try_quick
 from sparsecnn.ops._csr_source import Unsuitable
 from sparsecnn.ops._specialized import SpecializedConv, is_plain_call
 from sparsecnn.ops.csr_conv2d import CSR_CONV2D, csr_linear, run_csr_conv2d
@@ -93,12 +93,15 @@ class CSRConv2d(_CSRLayer, ConvDropIn):
         It serves calls in which nothing is recorded (``torch.no_grad`` or ``inference_mode``, no
         autocast, no tracing), CUDA graphs included, on inputs of the layer's dtype and device; all
         others take the portable kernel. When the weight changes in a way that torch counts, when
-        the layer moves or is copied, the code is given up until the next call of this. A change
-        through ``values.data`` is not counted: call this again.
+        the layer trains, moves or is copied, the code is given up until the next call of this. A
+        change through ``values.data`` outside of training is not counted: call this again.
 
         Returns:
             ``specialization``: ``"sm_90 cubin, 59 KB"`` or ``"portable: <reason>"``. A reason is
             also logged as a warning.
+
+        Raises:
+            ValueError: the weight is corrupt.
         """
         try:
             if "values" not in self._parameters:
@@ -135,11 +138,15 @@ class CSRConv2d(_CSRLayer, ConvDropIn):
         return state
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._specialized is not None and is_plain_call():
-            code = self._current_code()
-            y = code(x, self.bias, residual, self.activation) if code else None
-            if y is not None:
-                return y
+        if self._specialized is not None:
+            if is_plain_call():
+                code = self._current_code()
+                y = code(x, self.bias, residual, self.activation) if code else None
+                if y is not None:
+                    return y
+            elif self.training and is_eager(x) and torch.is_grad_enabled():
+                # Some optimizers write through .data, which nobody counts.
+                self._give_up("a training call came after specialize_()")
         own, kept = self._parameters, self._buffers
         # Values and biases that are computed (parametrized, pruned) are no parameters.
         if x.shape[1] == self.in_channels and "bias" in own:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,33 @@ def _is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _architecture(device: torch.device) -> str:
+    """The name that the compiler has for a device."""
+    if device.type != "cuda":
+        raise Unsuitable(f"expected the weight on a CUDA device, got {device}")
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 @functools.lru_cache(maxsize=256)
 def _loaded(cubin: bytes, threads: int, smem_bytes: int, device: int) -> Function:
     """One loaded kernel for equal weights on a device."""
     return Function(cubin, _KERNEL, threads, smem_bytes, device)
+
+
+def _launcher(
+    source: Source, architecture: str, device: torch.device
+) -> tuple[Callable[[Any], None], str]:
+    """Compile and load: what launches the kernel on the current stream, and a description."""
+    try:
+        cubin = cubin_of(source.text, architecture)
+        function = _loaded(cubin, source.threads, source.smem_bytes, device.index)
+    except (NvrtcError, DriverError) as error:
+        raise Unsuitable(str(error)) from error
+
+    def launch(args: Any) -> None:
+        function.launch(args, args.work, torch.cuda.current_stream(device).cuda_stream)
+
+    return launch, f"{architecture} cubin, {-(-len(cubin) // 1024)} KB"
 
 
 class SpecializedConv:
@@ -70,9 +94,10 @@ class SpecializedConv:
 
         Raises:
             Unsuitable: with the reason why the portable kernel has to do.
+            ValueError: the weight is corrupt.
         """
-        if not weight.values.is_cuda:
-            raise Unsuitable(f"expected the weight on a CUDA device, got {weight.values.device}")
+        self.device = weight.values.device
+        architecture = _architecture(self.device)
         self._arrays = tuple(
             t.detach() for t in (weight.values, weight.col_idx, weight.row_ptr)
         )
@@ -82,18 +107,9 @@ class SpecializedConv:
         self._geometry, self._groups = copy.deepcopy(geometry), groups
         _, stride, _, dilation = geometry
         weight.validate()  # its columns become addresses
-        self._source = generate(weight, stride, dilation, groups)
-        self.device = weight.values.device
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
-        try:
-            cubin = cubin_of(self._source.text, architecture)
-            self._function = _loaded(
-                cubin, self._source.threads, self._source.smem_bytes, self.device.index
-            )
-        except (NvrtcError, DriverError) as error:
-            raise Unsuitable(str(error)) from error
-        self._source = replace(self._source, text="")  # megabytes
-        self.description = f"{architecture} cubin, {-(-len(cubin) // 1024)} KB"
+        source = generate(weight, stride, dilation, groups)
+        self._launch, self.description = _launcher(source, architecture, self.device)
+        self._source = replace(source, text="")  # megabytes
         self._plans: dict[tuple[object, ...], ctypes.Structure] = {}
 
     def matches(self, weight: CSRWeight, geometry: Geometry, groups: int) -> bool:
@@ -145,19 +161,19 @@ class SpecializedConv:
         channels_last = _is_channels_last(x)
         order = torch.channels_last if channels_last else torch.contiguous_format
         key = (*x.shape, channels_last)
-        if key not in self._plans:
+        planned = self._plans.get(key)
+        if planned is None:
+            planned = launch_arguments(source, x.shape, channels_last, padding)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            self._plans[key] = launch_arguments(source, x.shape, channels_last, padding)
-        planned = self._plans[key]
+            self._plans[key] = planned
         args = type(planned).from_buffer_copy(planned)
         x = x.contiguous(memory_format=order)
         bias = None if bias is None else bias.contiguous()
         residual = None if residual is None else residual.contiguous(memory_format=order)
         y = torch.empty(shape, dtype=x.dtype, device=self.device, memory_format=order)
         set_tensors(args, x, bias, residual, y, activation)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._function.launch(args, args.work, stream)
+        self._launch(args)
         return y
 
     def _is_ours(self, t: Tensor) -> bool:
