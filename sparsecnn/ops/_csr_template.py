@@ -175,8 +175,8 @@ __device__ __forceinline__ int place(const Args& a, i64 index) {
     const i64 n = n0 + image;
     const i64 h = (image ? 0 : p0) * a.stride_h - a.pad_top + static_cast<i64>(local) * a.row_step;
     const i64 w = q0 * a.stride_w - a.pad_left + static_cast<i64>(column) * a.col_step;
-    const bool inside =
-        n < a.n && h >= 0 && h < a.h && w >= 0 && w < a.w && column < a.staged_w;
+    const bool inside = n < a.n && h >= 0 && h < a.h && w >= 0 && w < a.w &&
+                        phase < a.phases && column < a.staged_w;
     slot_at[slot] = inside ? n * a.x_n + h * a.x_h + w * a.x_w : -1;
   }
   int start = 0;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from sparsecnn.ops._check import out_extent
@@ -123,6 +123,53 @@ def best_tile(
     return best
 
 
+def _by_bank(tile: Tile, window: Window) -> list[list[int]]:
+    """Pixels of a tile by the bank of shared memory that their first input lies in."""
+    banks: list[list[int]] = [[] for _ in range(_BANKS)]
+    for row in range(tile.rows):
+        for column in range(tile.columns):
+            slot = row * window.staged_stride[0] * tile.pitch + column
+            banks[slot % _BANKS].append(row * tile.columns + column)
+    return banks
+
+
+def spread_rows(tile: Tile, window: Window, threads: int, cap: int) -> Tile:
+    """The tile with up to three unused floats behind a staged row, for pixels in all banks.
+
+    A pitch of 16 leaves four banks without a pixel of a map of 14 columns, one of 17 none.
+    """
+
+    def padded(pad: int) -> Tile:
+        height = tile.slots // tile.pitch
+        return replace(tile, pitch=tile.pitch + pad, slots=height * (tile.pitch + pad))
+
+    def crowded(candidate: Tile) -> int:
+        return sum(max(0, len(b) - threads // _BANKS) for b in _by_bank(candidate, window))
+
+    candidates = [padded(pad) for pad in range(4)]
+    return min((c for c in candidates if c.slots <= cap), key=crowded)
+
+
+def spread(tile: Tile, window: Window, threads: int) -> list[int]:
+    """The pixel of each thread, so that the lanes of a warp read different banks.
+
+    Neighbours in a row do; where a row ends the next one starts some banks further, and a warp
+    that simply went on would read a bank twice.
+    """
+    pixels = [_IDLE] * threads
+    rest = []
+    for lane, bank in enumerate(_by_bank(tile, window)):
+        for warp, pixel in enumerate(bank):
+            if warp < threads // _BANKS:
+                pixels[warp * _BANKS + lane] = pixel
+            else:
+                rest.append(pixel)
+    for thread, pixel in enumerate(pixels):
+        if pixel == _IDLE and rest:
+            pixels[thread] = rest.pop()
+    return pixels
+
+
 def staged_capacity(window: Window, threads: int, limit: int) -> int | None:
     """Floats of a staged channel, odd, that hold a good tile of every usual map; or None.
 
@@ -137,33 +184,9 @@ def staged_capacity(window: Window, threads: int, limit: int) -> int | None:
     for p, q in _USUAL_MAPS:
         p, q = (1, p * q) if pointwise else (p, q)
         tile = best_tile(window, threads, limit, 1024, p, q)
-        most = max(most, tile.slots if tile else 0)
+        if tile is not None:
+            most = max(most, spread_rows(tile, window, threads, limit).slots)
     return most | 1 if most < limit else None
-
-
-def spread(tile: Tile, window: Window, threads: int) -> list[int]:
-    """The pixel of each thread, so that the lanes of a warp read different banks.
-
-    Neighbours in a row do; where a row ends the next one starts some banks further, and a warp
-    that simply went on would read a bank twice.
-    """
-    banks: list[list[int]] = [[] for _ in range(_BANKS)]
-    for row in range(tile.rows):
-        for column in range(tile.columns):
-            slot = row * window.staged_stride[0] * tile.pitch + column
-            banks[slot % _BANKS].append(row * tile.columns + column)
-    pixels = [_IDLE] * threads
-    rest = []
-    for lane, bank in enumerate(banks):
-        for warp, pixel in enumerate(bank):
-            if warp < threads // _BANKS:
-                pixels[warp * _BANKS + lane] = pixel
-            else:
-                rest.append(pixel)
-    for thread, pixel in enumerate(pixels):
-        if pixel == _IDLE and rest:
-            pixels[thread] = rest.pop()
-    return pixels
 
 
 def plan(
@@ -200,6 +223,7 @@ def plan(
         p, q = h, w
     tile = best_tile(window, threads, cap, n, p, q)
     assert tile is not None  # what staged_capacity sees to
+    tile = spread_rows(tile, window, threads, cap)
     if channels_last:
         args.x_n, args.x_c, args.x_h, args.x_w = h * w * c, 1, w * c, c
         args.y_n, args.y_k, args.y_p, args.y_q = p * q * filters, 1, q * filters, filters
