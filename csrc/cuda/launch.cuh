@@ -15,7 +15,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define DYN_SMEM(T, name) extern __shared__ __align__(16) T name[]
+// One array under one type for all kernels of a file, whose templates differ in theirs.
+#define DYN_SMEM(T, name)                                          \
+  extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared)
 // A kernel with template arguments goes in parentheses, so that its commas survive the macro.
 #define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   kernel<<<grid, block, smem_bytes, stream>>>(__VA_ARGS__)

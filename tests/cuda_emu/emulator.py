@@ -226,6 +226,28 @@ class Emulator:
         """Bits of the stand-in for __nv_bfloat16."""
         return int(self._lib.emu_bfloat16_bits(value)) & 0xFFFF
 
+    def multiply(self, a: Tensor, b: Tensor, *, by_column: bool, wait: bool = True) -> Tensor:
+        """A (16, 16) times B (16, 8) by one warp, in float32.
+
+        B goes through shared memory as [column][k] if `by_column`, else as [k][column]. Without
+        `wait`, the last copy into shared memory is not waited for.
+        """
+        a, b = a.contiguous(), (b.t() if by_column else b).contiguous()
+        d = torch.empty(16, 8)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, d)]
+        flags = a.dtype == torch.bfloat16, by_column, wait
+        bfloat16, *others = (ctypes.c_bool(flag) for flag in flags)
+        self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
+        return d
+
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+        """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
+        a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
+        bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        return d
+
     def divergent_barrier(self) -> None:
         """Runs a kernel in which half of a block skips a barrier."""
         self._raise(self._lib.emu_divergent_barrier())
