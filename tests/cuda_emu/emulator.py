@@ -77,6 +77,12 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
+class PointwiseParams(ConvParams):
+    """Mirror of ``PointwiseConv2dParams``."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
+
+
 class GradParams(ctypes.Structure):
     """Mirror of ``CsrConv2dGradValuesParams``."""
 
@@ -185,12 +191,14 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
     def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
@@ -293,6 +301,23 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def pointwise_raw(self, params: PointwiseParams) -> None:
+        """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
+
+    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+        """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight if weight is None else weight
+        weight = weight.to(problem.case.dtype)
+        strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
+        self.pointwise_raw(
+            PointwiseParams(
+                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
