@@ -201,9 +201,14 @@ class Emulator:
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
-    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
-        """What the launchers are told about the GPU; it steers their choice of kernel."""
-        self._lib.emu_set_device(sm_count, smem_bytes)
+    def set_device(
+        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+    ) -> None:
+        """What the launchers are told about the GPU; it steers their choice of kernel.
+
+        With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
+        """
+        self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
 
     @property
     def launches(self) -> int:

@@ -129,7 +129,8 @@ const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(e
 
 const char* emu_message() { return message.c_str(); }
 
-void emu_set_device(int sm_count, int smem_optin_bytes) {
+void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
+  emu::device().max_grid = max_grid;
   emu::device().sm_count = sm_count;
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }
