@@ -201,8 +201,8 @@ def test_includes_follow_the_rooms(path: Path) -> None:
             # A program is what an op keeps of its weight between calls, built outside the kernels.
             or (room == "ops" and re.fullmatch(r"cpu/(kernel_table|\w+_program)\.h", name))
             or (room == "ops" and name == "cuda/entry.h")
-            # The emulator's stand-in for the CUDA runtime, seen only under its own define.
-            or (room == "cuda" and name == "cuda_emu.h")
+            # The emulator's stand-ins for the CUDA runtime, seen only under its own define.
+            or (room == "cuda" and name in ("cuda_emu.h", "cuda_emu_mma.h"))
         )
         assert permitted, f'{where}: "{name}" may not be included from {room}'
 

@@ -15,7 +15,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define DYN_SMEM(T, name) extern __shared__ __align__(16) T name[]
+// One array under one type for all kernels of a file, whose templates differ in theirs.
+#define DYN_SMEM(T, name)                                          \
+  extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared)
 // A kernel with template arguments goes in parentheses, so that its commas survive the macro.
 #define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   kernel<<<grid, block, smem_bytes, stream>>>(__VA_ARGS__)
@@ -26,8 +29,13 @@ namespace sparsecnn::cuda {
 inline constexpr int kWarpLanes = 32;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 // Grids are one-dimensional and every kernel strides over its work, so no limit of the y and z
-// axes binds and more than 2^31 work items only make blocks loop.
+// axes binds and more than 2^31 work items only make blocks loop. (The emulator's tests lower the
+// limit, to see them loop.)
+#ifdef CUDA_EMU
+inline const int64_t& kMaxGrid = emu::device().max_grid;
+#else
 inline constexpr int64_t kMaxGrid = 2147483647;
+#endif
 // A block may use this much shared memory without asking for more.
 inline constexpr int64_t kDefaultSmemBytes = 48 * 1024;
 

@@ -6,7 +6,8 @@
 // starts each block full of NaN, so the fault shows. CUDA_EMU_ORDER picks the order of warps and
 // lanes: 0 ascending, 1 descending, 2 shuffled (fixed seed). Reported as errors: lanes of a warp at
 // different collectives, a mask that names an exited lane, threads at different barriers, a block
-// barrier that some threads never reach, an illegal launch configuration.
+// barrier that some threads never reach, an illegal launch configuration. An asynchronous copy is
+// made when its thread waits for it, no earlier, so that a wait left out shows as well.
 //
 // A logic test, no proof: no memory model, no alignment faults, no races between blocks, no PTX.
 #pragma once
@@ -35,6 +36,18 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
@@ -50,6 +63,7 @@ struct Device {
   int sm_count = 4;
   int smem_optin_bytes = 227 * 1024;
   int smem_granted_bytes = 48 * 1024;  // raised by cudaFuncSetAttribute, until the next launch
+  int64_t max_grid = 2147483647;       // blocks that a launcher may ask for
   int64_t launches = 0;
   std::string kernel;  // the last one launched, as spelled by the launcher
 };
@@ -64,14 +78,27 @@ inline Device& device() {
 
 enum class State { kRun, kBlockBarrier, kWarpCollective, kDone };
 
+// Most bytes a lane brings to a collective: the operands of a sparse matrix product.
+constexpr size_t kMostBytes = 40;
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t bytes;
+};
+
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
   State state;
   dim3 index;
   unsigned linear, mask;
-  const void* site;          // which collective or barrier it waits at
-  uint64_t value, seen[32];  // what it brought, what the others brought
+  const void* site;                               // which collective or barrier it waits at
+  size_t bytes;                                   // of what it brought
+  alignas(8) unsigned char value[kMostBytes];     // what it brought,
+  alignas(8) unsigned char seen[32][kMostBytes];  // what the others brought
+  std::vector<Copy> issued;                       // asynchronous copies of no group yet,
+  std::vector<std::vector<Copy>> groups;          // and those waiting in groups
 };
 
 struct Simulator {
@@ -112,11 +139,16 @@ inline bool complete_collective(Thread* warp, unsigned lanes, unsigned lane) {
     if (l >= lanes || warp[l].state == State::kDone) fail("mask names a lane that has exited");
     if (warp[l].state != State::kWarpCollective || warp[l].mask != mask) return false;
     if (warp[l].site != warp[lane].site) fail("lanes of one mask at different collectives");
+    if (warp[l].bytes != warp[lane].bytes) fail("lanes of one mask bring different sizes");
   }
   for (unsigned a = 0; a < 32; ++a) {
     if (!(mask >> a & 1)) continue;
-    for (unsigned b = 0; b < 32; ++b)
-      warp[a].seen[b] = mask >> b & 1 ? warp[b].value : 0x7ff8dead7fc0deadull;
+    for (unsigned b = 0; b < 32; ++b) {
+      if (mask >> b & 1)
+        std::memcpy(warp[a].seen[b], warp[b].value, warp[a].bytes);
+      else
+        std::memset(warp[a].seen[b], 0xff, warp[a].bytes);
+    }
   }
   for (unsigned a = 0; a < 32; ++a)
     if (mask >> a & 1) warp[a].state = State::kRun;
@@ -154,6 +186,8 @@ inline void run_block(Simulator& s, int order, std::mt19937& random) {
     Thread& t = s.threads[i];
     t.linear = i;
     t.state = State::kRun;
+    t.issued.clear();
+    t.groups.clear();
     t.index = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.data();
@@ -192,7 +226,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body
   const unsigned n = block.x * block.y * block.z;
   const bool too_much = smem_bytes > static_cast<size_t>(d.smem_granted_bytes);
   d.smem_granted_bytes = 48 * 1024;
-  if (!n || n > 1024 || !grid.x || grid.x > 2147483647u || !grid.y || grid.y > 65535 || !grid.z ||
+  if (!n || n > 1024 || !grid.x || grid.x > d.max_grid || !grid.y || grid.y > 65535 || !grid.z ||
       grid.z > 65535)
     fail("illegal launch configuration");
   if (too_much) fail("more dynamic shared memory than granted");
@@ -229,31 +263,64 @@ inline __attribute__((noinline)) int barrier_or(int predicate) {
 
 // A warp collective: every lane of the mask brings a value and leaves with all of them.
 template <class T>
-void exchange(unsigned mask, T value, const void* site) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+void exchange(unsigned mask, const T& value, const void* site) {
+  static_assert(sizeof(T) <= kMostBytes);
   Thread* self = sim().current;
   self->site = site;
   self->mask = mask;
-  self->value = 0;
-  std::memcpy(&self->value, &value, sizeof value);
+  self->bytes = sizeof value;
+  std::memcpy(self->value, &value, sizeof value);
   if (!(mask >> (self->linear & 31) & 1)) fail("calling lane not in mask");
   wait(State::kWarpCollective);
+}
+
+// What another lane brought to the collective that this one has just left.
+template <class T>
+T brought_by(unsigned lane) {
+  T result;
+  std::memcpy(&result, sim().current->seen[lane & 31], sizeof result);
+  return result;
 }
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source, const void* site) {
   exchange(mask, value, site);
-  T result;
-  std::memcpy(&result, &sim().current->seen[source & 31], sizeof result);
-  return result;
+  return brought_by<T>(source);
 }
 
 inline unsigned ballot(unsigned mask, int predicate, const void* site) {
   exchange(mask, predicate != 0, site);
   unsigned bits = 0;
   for (unsigned l = 0; l < 32; ++l)
-    if (mask >> l & 1 && sim().current->seen[l]) bits |= 1u << l;
+    if (mask >> l & 1 && brought_by<bool>(l)) bits |= 1u << l;
   return bits;
+}
+
+inline void copy_async(const Copy& copy) {
+  if (reinterpret_cast<uintptr_t>(copy.to) % copy.bytes != 0 ||
+      reinterpret_cast<uintptr_t>(copy.from) % copy.bytes != 0)
+    fail("unaligned asynchronous copy");
+  sim().current->issued.push_back(copy);
+}
+
+inline void copy_async_commit() {
+  Thread* self = sim().current;
+  self->groups.push_back(std::move(self->issued));
+  self->issued.clear();
+}
+
+// Makes the copies of all groups but the last `left`.
+inline void copy_async_wait(size_t left) {
+  std::vector<std::vector<Copy>>& groups = sim().current->groups;
+  const size_t done = groups.size() > left ? groups.size() - left : 0;
+  for (size_t g = 0; g < done; ++g)
+    for (const Copy& copy : groups[g]) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      else
+        std::memset(copy.to, 0, copy.bytes);
+    }
+  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 }  // namespace emu
@@ -276,7 +343,7 @@ inline unsigned ballot(unsigned mask, int predicate, const void* site) {
 #define __shfl_xor_sync(mask, value, lanes) \
   emu::shuffle(mask, value, EMU_LANE ^ static_cast<unsigned>(lanes), EMU_SITE)
 #define __popc(bits) __builtin_popcount(bits)
-#define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(emu::sim().smem.data())
+#define DYN_SMEM(T, name) T* const name = reinterpret_cast<T*>(emu::sim().smem.data())
 #define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   ((void)(stream), emu::launch(#kernel, grid, block, smem_bytes, [&] { kernel(__VA_ARGS__); }))
 

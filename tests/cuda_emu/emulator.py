@@ -77,6 +77,12 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
+class PointwiseParams(ConvParams):
+    """Mirror of ``PointwiseConv2dParams``."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
+
+
 class GradParams(ctypes.Structure):
     """Mirror of ``CsrConv2dGradValuesParams``."""
 
@@ -193,17 +199,24 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
-    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
-        """What the launchers are told about the GPU; it steers their choice of kernel."""
-        self._lib.emu_set_device(sm_count, smem_bytes)
+    def set_device(
+        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+    ) -> None:
+        """What the launchers are told about the GPU; it steers their choice of kernel.
+
+        With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
+        """
+        self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
 
     @property
     def launches(self) -> int:
@@ -233,6 +246,28 @@ class Emulator:
     def bfloat16_bits(self, value: float) -> int:
         """Bits of the stand-in for __nv_bfloat16."""
         return int(self._lib.emu_bfloat16_bits(value)) & 0xFFFF
+
+    def multiply(self, a: Tensor, b: Tensor, *, by_column: bool, wait: bool = True) -> Tensor:
+        """A (16, 16) times B (16, 8) by one warp, in float32.
+
+        B goes through shared memory as [column][k] if `by_column`, else as [k][column]. Without
+        `wait`, the last copy into shared memory is not waited for.
+        """
+        a, b = a.contiguous(), (b.t() if by_column else b).contiguous()
+        d = torch.empty(16, 8)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, d)]
+        flags = a.dtype == torch.bfloat16, by_column, wait
+        bfloat16, *others = (ctypes.c_bool(flag) for flag in flags)
+        self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
+        return d
+
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+        """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
+        a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
+        bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        return d
 
     def divergent_barrier(self) -> None:
         """Runs a kernel in which half of a block skips a barrier."""
@@ -279,6 +314,23 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def pointwise_raw(self, params: PointwiseParams) -> None:
+        """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
+
+    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+        """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight if weight is None else weight
+        weight = weight.to(problem.case.dtype)
+        strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
+        self.pointwise_raw(
+            PointwiseParams(
+                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:

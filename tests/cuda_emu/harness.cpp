@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/entry.h"
+#include "cuda/mma.cuh"
 #include "cuda_emu.h"
 
 namespace {
@@ -18,9 +19,93 @@ int guarded(F run) {
     return -1;
   }
 }
+
+using sparsecnn::cuda::copy_async;
+using sparsecnn::cuda::copy_async_commit;
+using sparsecnn::cuda::copy_async_wait;
+
+// D (16 x 8) = A (16 x 16) * B (16 x 8) by one warp, with B kept as [column][k] or as [k][column].
+template <typename T>
+void multiply(const T* a, const T* b, bool b_by_column, bool wait, float* d) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  DYN_SMEM(T, shared);
+  T* const a_tile = shared;
+  T* const b_tile = shared + 16 * 16;
+  copy_async<16>(a_tile + lane * 8, a + lane * 8, true);
+  copy_async_commit();
+  copy_async<8>(b_tile + lane * 4, b + lane * 4, true);
+  copy_async_commit();
+  if (wait) {
+    copy_async_wait<0>();
+  } else {
+    copy_async_wait<1>();
+  }
+  __syncwarp();
+  uint32_t a_part[4], b_part[2];
+  sparsecnn::cuda::ldmatrix_x4(a_part, a_tile + (lane & 15) * 16 + lane / 16 * 8);
+  if (b_by_column) {
+    sparsecnn::cuda::ldmatrix_x2(b_part, b_tile + (lane & 7) * 16 + lane / 8 % 2 * 8);
+  } else {
+    sparsecnn::cuda::ldmatrix_x2_trans(b_part, b_tile + (lane & 15) * 8);
+  }
+  float sum[4] = {};
+  sparsecnn::cuda::mma_16x8x16<T>(sum, a_part, b_part);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+// The same of a 2:4 sparse A (16 x 32), stored as 16 x 16, and B [k][column].
+template <typename T>
+void multiply_sparse(const T* a, const T* b, const uint32_t* metadata, float* d) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  DYN_SMEM(T, shared);
+  T* const b_tile = shared + 16 * 16;
+  copy_async<16>(shared + lane * 8, a + lane * 8, true);
+  copy_async<16>(b_tile + lane * 8, b + lane * 8, true);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncwarp();
+  uint32_t a_part[4], b_part[4];
+  sparsecnn::cuda::ldmatrix_x4(a_part, shared + (lane & 15) * 16 + lane / 16 * 8);
+  sparsecnn::cuda::ldmatrix_x4_trans(b_part, b_tile + lane * 8);
+  float sum[4] = {};
+  sparsecnn::cuda::mma_sparse_16x8x32<T>(sum, a_part, b_part, metadata[lane]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+template <class Body>
+int one_warp(Body body) {
+  return guarded([&] {
+    emu::launch("one_warp", 1, 32, 4096, body);
+    return 0;
+  });
+}
 }  // namespace
 
 extern "C" {
+
+int emu_multiply(bool bfloat16, const void* a, const void* b, bool b_by_column, bool wait,
+                 float* d) {
+  return one_warp([&] {
+    if (bfloat16) {
+      multiply(static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b),
+               b_by_column, wait, d);
+    } else {
+      multiply(static_cast<const __half*>(a), static_cast<const __half*>(b), b_by_column, wait, d);
+    }
+  });
+}
+
+int emu_multiply_sparse(bool bfloat16, const void* a, const void* b, const uint32_t* metadata,
+                        float* d) {
+  return one_warp([&] {
+    if (bfloat16) {
+      multiply_sparse(static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b),
+                      metadata, d);
+    } else {
+      multiply_sparse(static_cast<const __half*>(a), static_cast<const __half*>(b), metadata, d);
+    }
+  });
+}
 
 int emu_csr_conv2d(const sparsecnn::CsrConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::csr_conv2d(*params, nullptr); });
@@ -34,11 +119,18 @@ int emu_depthwise_conv2d(const sparsecnn::DepthwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::depthwise_conv2d(*params, nullptr); });
 }
 
+int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
+}
+
+size_t emu_sizeof_pointwise_params() { return sizeof(sparsecnn::PointwiseConv2dParams); }
+
 const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(error); }
 
 const char* emu_message() { return message.c_str(); }
 
-void emu_set_device(int sm_count, int smem_optin_bytes) {
+void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
+  emu::device().max_grid = max_grid;
   emu::device().sm_count = sm_count;
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }

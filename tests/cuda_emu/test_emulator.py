@@ -122,3 +122,38 @@ def test_16_bit_types_round_as_torch(sound: Emulator) -> None:
     for bits, value in enumerate(every.tolist()):
         got = sound.half_value(bits)
         assert got == value or (math.isnan(got) and math.isnan(value)), bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrix_products(
+    sound: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randint(-8, 9, (16, 16), generator=generator).to(dtype)
+    b = torch.randint(-8, 9, (16, 8), generator=generator).to(dtype)
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        for by_column in (False, True):
+            assert torch.equal(sound.multiply(a, b, by_column=by_column), a.float() @ b.float())
+
+
+def test_a_copy_is_not_there_before_the_wait(sound: Emulator) -> None:
+    ones = torch.ones(16, 16, dtype=torch.float16)
+    got = sound.multiply(ones, ones[:, :8], by_column=True, wait=False)
+    assert bool(got.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparse_matrix_products(sound: Emulator, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    dense = torch.randint(1, 9, (16, 32), generator=generator).to(dtype)
+    kept = torch.rand(16, 8, 4, generator=generator).argsort(-1)[..., :2].sort(-1).values
+    a = dense.view(16, 8, 4).gather(-1, kept).reshape(16, 16)
+    dense = torch.zeros_like(dense).view(16, 8, 4).scatter(-1, kept, a.view(16, 8, 2)).view(16, 32)
+    b = torch.randint(-8, 9, (32, 8), generator=generator).to(dtype)
+    # Two bits a stored column, eight columns a half word; rows g and g + 8 share a word.
+    halves = (kept.reshape(16, 2, 8) << torch.arange(0, 16, 2)).sum(-1)
+    metadata = torch.full((8, 4), -1, dtype=torch.int64)
+    metadata[:, :2] = halves[:8] | halves[8:] << 16
+    words = (metadata & 0xFFFFFFFF).to(torch.uint32).flatten()
+    assert torch.equal(sound.multiply_sparse(a, b, words), dense.float() @ b.float())
