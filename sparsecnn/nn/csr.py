@@ -85,10 +85,10 @@ class CSRConv2d(_CSRLayer, ConvDropIn):
         """Compile code for this weight on its CUDA device, or say why the portable kernel stays.
 
         The values become operands of the instructions (SparseRT: Wang, PACT 2020), so that the
-        inner loop reads no weight and no index. Meant for float32 inference at large batches:
-        each stored entry is 16 bytes of code and takes some 0.3 ms to compile (Zen 4, one core),
-        once: the code is kept in ``$XDG_CACHE_HOME/sparsecnn/cubin`` and may be deleted there. The
-        results are those of the portable kernel bit by bit.
+        inner loop reads no weight and no index. Meant for float32 inference at large batches, up
+        to 150 000 stored entries: each is 16 bytes of code and takes 0.3 to 0.9 ms to compile (one
+        core of Zen 4), once: the code is kept in ``$XDG_CACHE_HOME/sparsecnn/cubin`` and may be
+        deleted there. The results are those of the portable kernel bit by bit.
 
         It serves calls in which nothing is recorded (``torch.no_grad`` or ``inference_mode``, no
         autocast, no tracing), CUDA graphs included, on inputs of the layer's dtype and device; all

@@ -16,9 +16,9 @@ from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.ops._csr_template import TEMPLATE
 from sparsecnn.ops._csr_tiles import Window, staged_capacity
 
-MAX_NONZEROS = 250_000
-"""Most stored entries: one is 16 bytes of code and takes some 0.3 ms to compile (Zen 4, one core,
-NVRTC 13.0)."""
+MAX_NONZEROS = 150_000
+"""Most stored entries: one is 16 bytes of code and takes 0.3 to 0.9 ms to compile, more in longer
+rows (one core of a Zen 4 virtual machine, NVRTC 13.0; 59 000 of them 32 s)."""
 # Fewer filters than this share too little of a staged input.
 _MIN_FILTERS = 8
 # Rows of base addresses that a thread keeps in registers beside its sums.
