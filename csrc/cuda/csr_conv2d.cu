@@ -3,35 +3,8 @@
 //   y[n,k,p,q] = act(bias[k] + residual[n,k,p,q]
 //                    + sum over the stored (k,c,r,s) of W * x[n, c, p*stride+r*dil-pad, ...])
 //
-// Data layout: x, residual and y are NCHW or channels last; the filter is standard CSR over the
-// lowered matrix (K, C/G*R*S) with int32 columns ascending within a row. Storage is float, half or
-// bfloat16; all sums are float, in ascending column order, one fused multiply-add per entry, so
-// both kernels below form the same sums bit by bit, at any tiling.
 //
-// Tiled kernel. A block owns `warps * rows` filters of one group and a tile of 32 * pixels outputs
-// of one image (arithmetic in csr_conv2d_plan.h); it walks the input channels in chunks:
-//   - all threads stage the chunk's input tile with its halo in shared memory, as float;
-//   - each warp walks the stored entries of its own filters: 32 entries are read coalesced, each
-//     lane turns its column into an offset by a table in shared memory (the same for each chunk:
-//     columns count from the chunk's first), the warp's entries go through shared memory as
-//     {value, offset}, and all lanes apply them to their `pixels` outputs in registers.
-// Entries are fetched one batch ahead, so that their latency hides behind staging and arithmetic.
-// A chunk in which the block's filters store nothing (pruned input channels) is not staged.
-//
-// Direct kernel. One warp owns 128 outputs of one filter and reads the input from global memory.
-// It takes what the tiled one cannot: a halo beyond shared memory (very large filters, dilations,
-// strides) and groups with so few filters (depthwise) that nothing staged would be shared.
-//
-// Bound (derived): every multiply-add reads one shared-memory word, and an SM delivers 32 of those
-// per clock against 128 multiply-adds, so the tiled kernel ends at a quarter of the float peak;
-// lanes read neighbouring words, and pitch and phases (see the plan) keep them off each other's
-// banks except in tiles four columns wide and some strided ones, which the plan counts double.
-// GPU timings have not been taken: block shapes, the 48 KB budget and the two-blocks-per-SM rule
-// are reasoned, not measured.
-//
-// Papers: Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017
-// (direct sparse convolution, offsets instead of im2col); Chen, "Escoin", arXiv:1802.10280 (on
-// GPU).
+#include "cuda/cluster.cuh"
 #include "cuda/csr_conv2d_plan.h"
 #include "cuda/entry.h"
 #include "cuda/launch.cuh"
@@ -41,124 +14,239 @@ namespace {
 
 struct alignas(8) Entry {
   float value;
-  int32_t offset;  // bytes from a pixel's first staged input
+  int32_t offset;  // bytes from an output's first staged word
 };
+
+// One staged element of each strip, side by side.
+template <typename T>
+struct alignas(kStrips * sizeof(T)) Word {
+  T of[kStrips];
+};
+
+// Where a strip lies. Rows and columns that count from its staged tile are inside the image if
+// they are first <= . < first + count; both counts are 0 for a strip behind the last one.
+struct Strip {
+  int64_t x, y;  // element offsets of staged word 0 (perhaps outside) and of output 0, channel 0
+  int32_t first_row, rows, first_col, cols;
+  int32_t p, q;  // outputs of the tile inside the map
+};
+
+// What a block works on; in shared memory, since registers are short.
+struct alignas(16) Header {
+  Strip strip[kStrips];
+  int64_t filter0, x;              // the first filter, the first input channel's element offset
+  int32_t filters;                 // that exist
+  int32_t entries[kBlockFilters];  // by filter
+  int32_t filter[kBlockFilters], begin[kBlockFilters], end[kBlockFilters];  // by rank
+};
+static_assert(sizeof(Header) == kHeaderBytes && kHeaderBytes % 16 == 0);
 
 constexpr int32_t kNoColumn = 2147483647;
 
-// Copies one chunk of channels into the tile, zeros where the filter hangs over the edge. `x` is
-// the chunk's first channel, (row0, col0) the input position of staged element (0, 0).
-template <typename T>
-__device__ __forceinline__ void stage_tile(const T* __restrict__ x, float* tile, const TilePlan& t,
-                                           int channels, int64_t row0, int64_t col0) {
-  const int lanes = 1 << t.stage_lanes_log2;
-  const int lane = threadIdx.x & (lanes - 1);
-  const int first = threadIdx.x >> t.stage_lanes_log2;
-  const int step = blockDim.x >> t.stage_lanes_log2;
-  if (t.channels_last) {  // lanes along the channels
-    const int area = t.staged_h * t.staged_w;
-    for (int i = first; i < area; i += step) {
-      const int row = i / t.staged_w, col = i - row * t.staged_w;
-      const int64_t in_row = row0 + static_cast<int64_t>(row) * t.row_step;
-      const int64_t in_col = col0 + static_cast<int64_t>(col) * t.col_step;
-      const bool inside = in_row >= 0 && in_row < t.h && in_col >= 0 && in_col < t.w;
-      const int64_t at = in_row * t.x_h + in_col * t.x_w;
-      const int slot = row * t.pitch + col % t.phases * t.phase_w + col / t.phases;
-#pragma unroll 2
-      for (int c = lane; c < channels; c += lanes)
-        tile[c * t.channel_pitch + slot] = inside ? to_float(x[at + c]) : 0.f;
-    }
-    return;
+// The part of `staged` rows (or columns), `step` apart, that lies inside an image of `extent`.
+__device__ __forceinline__ void clip(int64_t origin, int64_t step, int64_t extent, int32_t staged,
+                                     int32_t* first, int32_t* count) {
+  int64_t begin = origin < 0 ? ceil_div(-origin, step) : 0;
+  int64_t end = origin < extent ? ceil_div(extent - origin, step) : 0;
+  begin = begin < staged ? begin : staged;
+  end = end < staged ? end : staged;
+  *first = static_cast<int32_t>(begin);
+  *count = static_cast<int32_t>(end > begin ? end - begin : 0);
+}
+
+__device__ __forceinline__ Strip describe_strip(const TilePlan& t, int64_t tile) {
+  Strip s{};
+  if (tile >= t.tiles) return s;
+  int64_t rest, tile_q;
+  const int64_t row = divide(tile, t.tiles_q, &tile_q), n = divide(row, t.tiles_p, &rest);
+  const int64_t p0 = rest * t.tile_p, q0 = tile_q << t.tile_q_log2;
+  const int64_t row0 = p0 * t.stride_h - t.pad_top, col0 = q0 * t.stride_w - t.pad_left;
+  s.x = n * t.x_n + row0 * t.x_h + col0 * t.x_w;
+  s.y = n * t.y_n + p0 * t.y_p + q0 * t.y_q;
+  clip(row0, t.row_step, t.h, t.staged_h, &s.first_row, &s.rows);
+  clip(col0, t.col_step, t.w, t.staged_w, &s.first_col, &s.cols);
+  s.p = static_cast<int32_t>(t.p - p0 < t.tile_p ? t.p - p0 : t.tile_p);
+  const int64_t tile_width = int64_t{1} << t.tile_q_log2;
+  s.q = static_cast<int32_t>(t.q - q0 < tile_width ? t.q - q0 : tile_width);
+  return s;
+}
+
+// Ranks a block's filters by their stored entries, most first: what one warp does, a filter a lane.
+__device__ __forceinline__ void sort_filters(const int32_t* row_ptr, int64_t k, bool exists,
+                                             int lane, Header* header) {
+  const int32_t begin = exists ? row_ptr[k] : 0, end = exists ? row_ptr[k + 1] : 0;
+  const int32_t mine = exists ? end - begin : -1;
+  header->entries[lane] = mine;
+  __syncwarp();
+  int rank = 0;
+#pragma unroll 8
+  for (int other = 0; other < kBlockFilters; ++other) {
+    const int32_t theirs = header->entries[other];
+    rank += theirs > mine || (theirs == mine && other < lane);
   }
-  for (int i = first; i < channels * t.staged_h; i += step) {  // lanes along the columns
-    const int c = i / t.staged_h, row = i - c * t.staged_h;
-    const int64_t in_row = row0 + static_cast<int64_t>(row) * t.row_step;
-    const bool row_inside = in_row >= 0 && in_row < t.h;
-    const int64_t at = c * t.x_c + in_row * t.x_h;
-    float* line = tile + c * t.channel_pitch + row * t.pitch;
-#pragma unroll 2
-    for (int col = lane; col < t.staged_w; col += lanes) {
-      const int64_t in_col = col0 + static_cast<int64_t>(col) * t.col_step;
-      const bool inside = row_inside && in_col >= 0 && in_col < t.w;
-      const int slot = t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases;
-      line[slot] = inside ? to_float(x[at + in_col * t.x_w]) : 0.f;
+  header->filter[rank] = lane, header->begin[rank] = begin, header->end[rank] = end;
+}
+
+// Moves the beginning of each row to its first entry at or behind a column. The 32 lanes probe at
+// once: two rounds for rows of up to 1024 entries. All rows' probes of a round are in flight
+// together.
+template <int kRows>
+__device__ __forceinline__ void skip_to_column(const int32_t* col_idx, int32_t column, int lane,
+                                               int32_t (&begin)[kRows],
+                                               const int32_t (&end)[kRows]) {
+  int32_t left[kRows];
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) left[j] = end[j] - begin[j];
+  for (bool open = true; open;) {
+    bool below[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int32_t at = lane * (left[j] / kWarpLanes + 1);
+      below[j] = at < left[j] && col_idx[begin[j] + at] < column;
+    }
+    open = false;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int32_t step = left[j] / kWarpLanes + 1;
+      const int32_t count = __popc(__ballot_sync(kFullWarp, below[j]));
+      // The entry sought lies behind the last probe below and not behind the first one that is not.
+      const int32_t skipped = count ? (count - 1) * step + 1 : 0;
+      const int32_t stop = count * step < left[j] ? count * step : left[j];
+      begin[j] += skipped;
+      left[j] = count ? stop - skipped : 0;
+      open |= left[j] > 0;
     }
   }
 }
 
-// Blocks on an SM hide each other's staging. As many are asked for as the compiler can give without
-// spilling: 128, 80 and 64 registers for 8 x 4, 4 x 2 and 2 x 1 sums per lane.
-constexpr int blocks_per_sm(int sums) { return sums > 8 ? 2 : (sums > 2 ? 3 : 4); }
+// Copies one chunk of channels of all strips into the tile, zeros where the filter hangs over an
+// edge. A thread finds the four addresses of a position once and then follows the channels.
+template <typename T>
+__device__ __forceinline__ void stage_tile(const T* __restrict__ x, Word<T>* tile,
+                                           const Strip* strips, const TilePlan& t, int channels) {
+  const int fast = t.channels_last ? t.stage_channels : t.stage_positions;
+  const int outer = threadIdx.x / fast, inner = threadIdx.x - outer * fast;
+  const int position0 = t.channels_last ? outer : inner;
+  const int channel0 = t.channels_last ? inner : outer;
+  if (channel0 >= t.stage_channels) return;  // threads beyond the last whole group
+  const int area = t.staged_h * t.staged_w;
+  for (int i = position0; i < area; i += t.stage_positions) {
+    const int row = i / t.staged_w, col = i - row * t.staged_w;
+    const int64_t at = row * t.staged_row + col * t.staged_col;
+    const T* from[kStrips];
+    bool inside[kStrips];
+#pragma unroll
+    for (int v = 0; v < kStrips; ++v) {
+      const Strip& s = strips[v];
+      inside[v] = static_cast<unsigned>(row - s.first_row) < static_cast<unsigned>(s.rows) &&
+                  static_cast<unsigned>(col - s.first_col) < static_cast<unsigned>(s.cols);
+      from[v] = x + (inside[v] ? s.x + at : 0);
+    }
+    Word<T>* to =
+        tile + row * t.pitch + (t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases);
+#pragma unroll 2
+    for (int c = channel0; c < channels; c += t.stage_channels) {
+      Word<T> word;
+#pragma unroll
+      for (int v = 0; v < kStrips; ++v)
+        word.of[v] = inside[v] ? from[v][c * t.x_c] : from_float<T>(0.f);
+      to[c * t.channel_pitch] = word;
+    }
+  }
+}
 
-template <typename T, int kPixels, int kRows, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
+__device__ __forceinline__ void describe_work(const int32_t* row_ptr, const TilePlan& t,
+                                              int64_t work, int warp, int lane, Header* header) {
+  // Filter blocks run fastest: blocks in flight together share their input in L2.
+  int64_t filter_block, group;
+  const int64_t tile0 = divide(divide(work, t.filter_blocks, &filter_block), t.groups, &group);
+  if (warp == 0) {
+    if (lane < kStrips) header->strip[lane] = describe_strip(t, tile0 * kStrips + lane);
+    return;
+  }
+  const int64_t skipped = filter_block * kBlockFilters, filter0 = group * t.filters + skipped;
+  const int64_t left = t.filters - skipped;
+  if (lane == 0) {
+    header->filter0 = filter0, header->x = group * t.channels * t.x_c;
+    header->filters = static_cast<int32_t>(left < kBlockFilters ? left : kBlockFilters);
+  }
+  sort_filters(row_ptr, filter0 + lane, lane < left, lane, header);
+}
+
+template <typename T, int kVectors, int kLanes, int kRows, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     csr_conv2d_tiled(const CsrConv2dParams prm, const TilePlan t) {
-  constexpr int kFilters = kRows * kWarps;
-  DYN_SMEM(float, smem);
+  constexpr int kThreads = kWarps * 32, kTogether = kWarpLanes / kLanes;
+  constexpr int kPositions = kVectors * kLanes, kSlots = kStrips * kPositions;
+  static_assert(kRows * kWarps == kBlockFilters);
+  DYN_SMEM(char, smem);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  Entry* entries = reinterpret_cast<Entry*>(smem) + warp * kWarpLanes;
-  float* tile = smem + kWarps * kWarpLanes * (sizeof(Entry) / sizeof(float));
-  int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_floats);
+  Header* header = reinterpret_cast<Header*>(smem);
+  Entry* entries = reinterpret_cast<Entry*>(smem + kHeaderBytes) + warp * kWarpLanes;
+  char* tile = smem + kHeaderBytes + kThreads * sizeof(Entry);
+  int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_bytes);
   const T* values = static_cast<const T*>(prm.values);
 
-  for (int i = threadIdx.x; i < t.chunk * t.taps; i += kWarps * 32) {
+  for (int i = threadIdx.x; i < t.chunk * t.taps; i += kThreads) {
     const int c = i / t.taps, tap = i - c * t.taps;
     const int r = tap / t.filter_w, shift = (tap - r * t.filter_w) * t.dil_w;
-    const int floats =
+    const int words =
         c * t.channel_pitch + r * t.dil_row + shift % t.phases * t.phase_w + shift / t.phases;
-    table[i] = floats * static_cast<int>(sizeof(float));
+    table[i] = words * static_cast<int>(sizeof(Word<T>));
   }
 
-  // Outputs of this lane inside the tile, and where their inputs start in the staged tile: in
-  // bytes, like the entries' offsets, so that an address is one addition in the inner loop.
-  const int lane_col = lane & ((1 << t.lanes_q_log2) - 1);
-  const int lane_row = (lane >> t.lanes_q_log2) * (kPixels / t.segments);
-  int start[kPixels];
+  // Where the inputs of this lane's outputs start in the staged tile: in bytes, like the entries'
+  // offsets, so that an address is one addition in the inner loop.
+  int start[kVectors];
 #pragma unroll
-  for (int i = 0; i < kPixels; ++i)
-    start[i] =
-        static_cast<int>(sizeof(float)) *
-        ((lane_row + i / t.segments) * t.row_stride * t.pitch + i % t.segments * 32 + lane_col);
+  for (int v = 0; v < kVectors; ++v) {
+    const int position = v * kLanes + lane % kLanes, row = position >> t.tile_q_log2;
+    const int col = position - (row << t.tile_q_log2);
+    start[v] = (row * t.row_stride * t.pitch + col) * static_cast<int>(sizeof(Word<T>));
+  }
 
-  for (int64_t work = blockIdx.x; work < t.work; work += gridDim.x) {
-    // Filter blocks run fastest: blocks in flight together share their input in L2.
-    int64_t rest = work;
-    const int64_t filter0 = rest % t.filter_blocks * kFilters;
-    rest /= t.filter_blocks;
-    const int64_t q0 = rest % t.tiles_q * t.tile_q;
-    rest /= t.tiles_q;
-    const int64_t p0 = rest % t.tiles_p * t.tile_p;
-    rest /= t.tiles_p;
-    const int64_t group = rest % t.groups, n = rest / t.groups;
+  const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.splits));
+  const int32_t channel_begin = split * t.split_channels;
+  const int32_t channel_end =
+      channel_begin + t.split_channels < t.channels ? channel_begin + t.split_channels : t.channels;
+  for (int64_t work = blockIdx.x / static_cast<unsigned>(t.splits); work < t.work;
+       work += gridDim.x / static_cast<unsigned>(t.splits)) {
+    if (warp < 2) describe_work(prm.row_ptr, t, work, warp, lane, header);
+    __syncthreads();
 
     // Entry cursor + lane of each row, fetched ahead; kNoColumn past the end of the row.
     int32_t cursor[kRows], end[kRows], column[kRows];
-    float value[kRows], sum[kRows][kPixels];
+    float value[kRows], sum[kRows][kVectors][kStrips];
     const auto fetch = [&](int32_t at, int32_t stop, int32_t* to_column, float* to_value) {
       *to_column = at < stop ? prm.col_idx[at] : kNoColumn;
       *to_value = at < stop ? to_float(values[at]) : 0.f;
     };
+    // Ranks in turns, every other turn backwards: a warp with a long row gets a short one too.
+    const auto rank_of = [&](int j) { return j * kWarps + (j % 2 ? kWarps - 1 - warp : warp); };
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      cursor[j] = header->begin[rank_of(j)], end[j] = header->end[rank_of(j)];
+    if (split > 0) skip_to_column<kRows>(prm.col_idx, channel_begin * t.taps, lane, cursor, end);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int64_t filter = filter0 + j * kWarps + warp, k = group * t.filters + filter;
-      cursor[j] = filter < t.filters ? prm.row_ptr[k] : 0;
-      end[j] = filter < t.filters ? prm.row_ptr[k + 1] : 0;
       fetch(cursor[j] + lane, end[j], &column[j], &value[j]);
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) sum[j][i] = 0.f;
+      for (int i = 0; i < kVectors * kStrips; ++i) sum[j][i / kStrips][i % kStrips] = 0.f;
     }
 
-    const T* image = static_cast<const T*>(prm.x) + n * t.x_n + group * t.channels * t.x_c;
-    for (int32_t c0 = 0; c0 < t.channels; c0 += t.chunk) {
-      const int channels = t.channels - c0 < t.chunk ? t.channels - c0 : t.chunk;
+    for (int32_t c0 = channel_begin; c0 < channel_end; c0 += t.chunk) {
+      const int channels = channel_end - c0 < t.chunk ? channel_end - c0 : t.chunk;
       const int32_t column0 = c0 * t.taps, column1 = column0 + channels * t.taps;
-      bool stored = false;
+      // The first chunk is staged without waiting for the first entries to arrive.
+      bool stored = c0 == channel_begin;
+      if (!stored) {
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) stored |= column[j] < column1;
+        for (int j = 0; j < kRows; ++j) stored |= column[j] < column1;
+      }
       // Also the barrier between the last reads of the tile and its next contents.
       if (!__syncthreads_or(stored)) continue;
-      stage_tile(image + c0 * t.x_c, tile, t, channels, p0 * t.stride_h - t.pad_top,
-                 q0 * t.stride_w - t.pad_left);
+      stage_tile(static_cast<const T*>(prm.x) + header->x + c0 * t.x_c,
+                 reinterpret_cast<Word<T>*>(tile), header->strip, t, channels);
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
@@ -172,12 +260,15 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
           cursor[j] += count;
           fetch(cursor[j] + lane, end[j], &column[j], &value[j]);
 #pragma unroll 4
-          for (int e = 0; e < count; ++e) {
+          for (int e = kTogether == 1 ? 0 : lane / kLanes; e < count; e += kTogether) {
             const Entry entry = entries[e];
 #pragma unroll
-            for (int i = 0; i < kPixels; ++i) {
-              const char* from = reinterpret_cast<const char*>(tile) + (start[i] + entry.offset);
-              sum[j][i] = fmaf(entry.value, *reinterpret_cast<const float*>(from), sum[j][i]);
+            for (int v = 0; v < kVectors; ++v) {
+              const Word<T> in =
+                  *reinterpret_cast<const Word<T>*>(tile + (start[v] + entry.offset));
+#pragma unroll
+              for (int i = 0; i < kStrips; ++i)
+                sum[j][v][i] = fmaf(entry.value, to_float(in.of[i]), sum[j][v][i]);
             }
           }
           __syncwarp();  // all lanes have read before the next batch overwrites
@@ -185,30 +276,56 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
       }
     }
 
-    // Outputs leave through the tile, 32 pixels of all filters at a time (33 words per filter: no
-    // bank conflict either way). Channels last needs that to write filters side by side; for NCHW
-    // it costs little and keeps the addresses of a lane's outputs out of the registers.
-    for (int i = 0; i < kPixels; ++i) {
-      __syncthreads();
+    // The sums leave through the tile, so that they can be written side by side in either layout
+    // and added up over the blocks of a cluster.
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(tile);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        float mine = 0.f;
+    for (int j = 0; j < kRows; ++j) {
+      const int f = header->filter[rank_of(j)];
 #pragma unroll
-        for (int pixel = 0; pixel < kPixels; ++pixel) mine = pixel == i ? sum[j][pixel] : mine;
-        tile[(j * kWarps + warp) * 33 + lane] = mine;
-      }
-      __syncthreads();
-#pragma unroll 1
-      for (int o = threadIdx.x; o < kFilters * 32; o += kWarps * 32) {
-        const int f = t.channels_last ? o % kFilters : o / 32;
-        const int of = t.channels_last ? o / kFilters : o % 32;  // the lane that holds the pixel
-        const int64_t p = p0 + (of >> t.lanes_q_log2) * (kPixels / t.segments) + i / t.segments;
-        const int64_t q = q0 + i % t.segments * 32 + (of & ((1 << t.lanes_q_log2) - 1));
-        const int64_t filter = filter0 + f, k = group * t.filters + filter;
-        if (p < t.p && q < t.q && filter < t.filters)
-          store_output<T>(prm, tile[f * 33 + of], k, n * t.y_n + k * t.y_k + p * t.y_p + q * t.y_q);
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i) {
+          float mine = sum[j][v][i];
+          if (kTogether == 2) mine += __shfl_xor_sync(kFullWarp, mine, kLanes);
+          if (lane < kLanes) sums[f * (kSlots + 1) + i * kPositions + v * kLanes + lane] = mine;
+        }
       }
     }
+    if (t.splits > 1)
+      cluster_sync();
+    else
+      __syncthreads();
+    const int share = kBlockFilters / t.splits;
+#pragma unroll 1
+    for (int o = threadIdx.x; o < share * kSlots; o += kThreads) {
+      const int f = split * share + (t.channels_last ? o % share : o / kSlots);
+      const int slot = t.channels_last ? o / share : o % kSlots;
+      const int position = slot % kPositions, row = position >> t.tile_q_log2;
+      const int col = position - (row << t.tile_q_log2);
+      const Strip& s = header->strip[slot / kPositions];
+      if (row >= s.p || col >= s.q || f >= header->filters) continue;
+      const float* at = sums + f * (kSlots + 1) + slot;
+      float total = *at;
+      if (t.splits > 1) {
+        float part[kMostSplits];  // all in flight at once, then added in the order of the channels
+#pragma unroll
+        for (int from = 0; from < kMostSplits; ++from)
+          if (from < t.splits) part[from] = read_peer(at, from);
+        total = part[0];
+#pragma unroll
+        for (int from = 1; from < kMostSplits; ++from)
+          if (from < t.splits) total += part[from];
+      }
+      const int64_t k = header->filter0 + f;
+      store_output<T>(prm, total, k, s.y + k * t.y_k + row * t.y_p + col * t.y_q);
+    }
+    // The others have read this block's sums, and all threads their strips.
+    if (t.splits > 1)
+      cluster_sync();
+    else
+      __syncthreads();
   }
 }
 
@@ -280,46 +397,57 @@ cudaError_t launch_direct(const CsrConv2dParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int kPixels, int kRows, int kWarps>
+template <typename T, int kVectors, int kLanes, int kRows, int kWarps>
 cudaError_t launch_tiled(const CsrConv2dParams& params, const TilePlan& plan, cudaStream_t stream) {
+  const auto kernel = csr_conv2d_tiled<T, kVectors, kLanes, kRows, kWarps>;
   if (plan.smem_bytes > kDefaultSmemBytes) {
     const cudaError_t error =
-        cudaFuncSetAttribute(csr_conv2d_tiled<T, kPixels, kRows, kWarps>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
     if (error != cudaSuccess) return error;
   }
-  CUDA_LAUNCH((csr_conv2d_tiled<T, kPixels, kRows, kWarps>), grid_size(plan.work), kWarps * 32,
-              plan.smem_bytes, stream, params, plan);
+  const int64_t most = kMaxGrid / plan.splits;
+  const unsigned grid = static_cast<unsigned>((plan.work < most ? plan.work : most) * plan.splits);
+  if (plan.splits == 1)
+    CUDA_LAUNCH(kernel, grid, kWarps * 32, plan.smem_bytes, stream, params, plan);
+  else
+    CLUSTER_LAUNCH(kernel, grid, plan.splits, kWarps * 32, plan.smem_bytes, stream, params, plan);
   return cudaGetLastError();
 }
 
-// Block shapes, most reuse of a staged tile first: 32 filters x 256 pixels, 16 x 128, and 8 x 64
-// for maps too small to occupy the GPU otherwise (a 7x7 map is a single tile at any shape).
-constexpr BlockShape kLarge{8, 4, 8}, kMedium{4, 2, 8}, kSmall{2, 1, 8};
 constexpr int64_t kFewFilters = 8;  // per group: below, a staged tile has too few readers
+
+template <typename T, int kShape>
+cudaError_t launch_shape(const CsrConv2dParams& params, const TilePlan& plan, cudaStream_t stream) {
+  constexpr BlockShape s = kShapes[kShape];
+  return launch_tiled<T, s.vectors, s.lanes, s.rows, s.warps>(params, plan, stream);
+}
 
 template <typename T>
 cudaError_t launch(const CsrConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
   DeviceLimits limits{};
-  const cudaError_t error = device_limits(&limits);
+  cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
   if (s.filters_per_group() < kFewFilters || s.columns() == 0)
     return launch_direct<T>(params, stream);
-  // The default budget keeps two to four blocks on an SM; more only where one channel needs it.
-  for (const int64_t budget : {kDefaultSmemBytes, static_cast<int64_t>(limits.smem_optin_bytes)}) {
-    const int64_t enough = 2 * static_cast<int64_t>(limits.sm_count);
-    TilePlan plan;
-    if (s.filters_per_group() > kMedium.filters() && plan_tiles(params, kLarge, budget, &plan) &&
-        plan.work >= enough)
-      return launch_tiled<T, kLarge.pixels, kLarge.rows, kLarge.warps>(params, plan, stream);
-    if (s.filters_per_group() > kSmall.filters() && plan_tiles(params, kMedium, budget, &plan) &&
-        plan.work >= enough)
-      return launch_tiled<T, kMedium.pixels, kMedium.rows, kMedium.warps>(params, plan, stream);
-    if (plan_tiles(params, kSmall, budget, &plan))
-      return launch_tiled<T, kSmall.pixels, kSmall.rows, kSmall.warps>(params, plan, stream);
+  bool clusters = false;
+  constexpr BlockShape small = kSmall;
+  error = has_clusters(csr_conv2d_tiled<T, small.vectors, small.lanes, small.rows, small.warps>,
+                       &clusters);
+  if (error != cudaSuccess) return error;
+  TilePlan plan;
+  int shape = 0;
+  if (!plan_tiles(params, sizeof(T), limits.sm_count, limits.smem_optin_bytes,
+                  clusters ? kMostSplits : 1, &shape, &plan))
+    return launch_direct<T>(params, stream);
+  switch (shape) {
+    case 0:
+      return launch_shape<T, 0>(params, plan, stream);
+    case 1:
+      return launch_shape<T, 1>(params, plan, stream);
+    default:
+      return launch_shape<T, 2>(params, plan, stream);
   }
-  return launch_direct<T>(params, stream);
 }
 
 }  // namespace

@@ -193,14 +193,22 @@ class Emulator:
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         self.set_device()
 
-    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
+    def set_device(
+        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, clusters: bool = True
+    ) -> None:
         """What the launchers are told about the GPU; it steers their choice of kernel."""
         self._lib.emu_set_device(sm_count, smem_bytes)
+        self._lib.emu_set_clusters(int(clusters))
 
     @property
     def launches(self) -> int:
         """Kernels launched so far."""
         return int(self._lib.emu_launches())
+
+    @property
+    def cluster(self) -> int:
+        """Blocks per cluster of the last launch."""
+        return int(self._lib.emu_cluster())
 
     @property
     def kernel(self) -> str:

@@ -5,6 +5,7 @@
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
 #include "cuda_emu.h"
+#include "cuda_emu_cluster.h"
 
 namespace {
 std::string message;  // NOLINT: what emu_message() points to must outlive the call
@@ -127,6 +128,10 @@ void emu_set_device(int sm_count, int smem_optin_bytes) {
   emu::device().sm_count = sm_count;
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }
+
+void emu_set_clusters(int has_clusters) { emu::device_has_clusters() = has_clusters != 0; }
+
+int emu_cluster() { return static_cast<int>(emu::device().cluster); }
 
 int64_t emu_launches() { return emu::device().launches; }
 
