@@ -23,6 +23,19 @@ struct alignas(kStrips * sizeof(T)) Word {
   T of[kStrips];
 };
 
+template <typename T>
+__device__ __forceinline__ void unpack(Word<T> word, float (&to)[kStrips]) {
+#pragma unroll
+  for (int i = 0; i < kStrips; ++i) to[i] = to_float(word.of[i]);
+}
+// One instruction per element; the general way takes two for every other one.
+template <>
+__device__ __forceinline__ void unpack(Word<__nv_bfloat16> word, float (&to)[kStrips]) {
+  const uint2 pairs = reinterpret_cast<const uint2&>(word);
+  to[0] = __uint_as_float(pairs.x << 16), to[1] = __uint_as_float(pairs.x & 0xffff0000u);
+  to[2] = __uint_as_float(pairs.y << 16), to[3] = __uint_as_float(pairs.y & 0xffff0000u);
+}
+
 // Where a strip lies. Rows and columns that count from its staged tile are inside the image if
 // they are first <= . < first + count; both counts are 0 for a strip behind the last one.
 struct Strip {
@@ -129,7 +142,8 @@ __device__ __forceinline__ void stage_tile(const T* __restrict__ x, Word<T>* til
   const int position0 = t.channels_last ? outer : inner;
   const int channel0 = t.channels_last ? inner : outer;
   if (channel0 >= t.stage_channels) return;  // threads beyond the last whole group
-  const int area = t.staged_h * t.staged_w;
+  const int area = t.staged_h * t.staged_w, to_step = t.stage_channels * t.channel_pitch;
+  const int64_t step = t.stage_channels * t.x_c;
   for (int i = position0; i < area; i += t.stage_positions) {
     const int row = i / t.staged_w, col = i - row * t.staged_w;
     const int64_t at = row * t.staged_row + col * t.staged_col;
@@ -140,17 +154,25 @@ __device__ __forceinline__ void stage_tile(const T* __restrict__ x, Word<T>* til
       const Strip& s = strips[v];
       inside[v] = static_cast<unsigned>(row - s.first_row) < static_cast<unsigned>(s.rows) &&
                   static_cast<unsigned>(col - s.first_col) < static_cast<unsigned>(s.cols);
-      from[v] = x + (inside[v] ? s.x + at : 0);
+      from[v] = x + (inside[v] ? s.x + at : 0) + channel0 * t.x_c;
     }
     Word<T>* to =
-        tile + row * t.pitch + (t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases);
-#pragma unroll 2
-    for (int c = channel0; c < channels; c += t.stage_channels) {
-      Word<T> word;
+        tile + row * t.pitch + (t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases) +
+                  channel0 * t.channel_pitch;
+    for (int c = channel0; c < channels; c += 2 * t.stage_channels) {
+      // Eight loads in flight; the last channel of an odd number is loaded twice.
+      const bool second = c + t.stage_channels < channels;
+      const int64_t next = second ? step : 0;
+      Word<T> word[2];
 #pragma unroll
-      for (int v = 0; v < kStrips; ++v)
-        word.of[v] = inside[v] ? from[v][c * t.x_c] : from_float<T>(0.f);
-      to[c * t.channel_pitch] = word;
+      for (int v = 0; v < kStrips; ++v) {
+        word[0].of[v] = inside[v] ? from[v][0] : from_float<T>(0.f);
+        word[1].of[v] = inside[v] ? from[v][next] : from_float<T>(0.f);
+        from[v] += 2 * step;
+      }
+      to[0] = word[0];
+      if (second) to[to_step] = word[1];
+      to += 2 * to_step;
     }
   }
 }
@@ -178,12 +200,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     csr_conv2d_tiled(const CsrConv2dParams prm, const TilePlan t) {
   constexpr int kThreads = kWarps * 32, kTogether = kWarpLanes / kLanes;
   constexpr int kPositions = kVectors * kLanes, kSlots = kStrips * kPositions;
+  constexpr int kTileOffset = kHeaderBytes + kThreads * sizeof(Entry);
   static_assert(kRows * kWarps == kBlockFilters);
   DYN_SMEM(char, smem);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   Header* header = reinterpret_cast<Header*>(smem);
   Entry* entries = reinterpret_cast<Entry*>(smem + kHeaderBytes) + warp * kWarpLanes;
-  char* tile = smem + kHeaderBytes + kThreads * sizeof(Entry);
+  char* tile = smem + kTileOffset;
   int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_bytes);
   const T* values = static_cast<const T*>(prm.values);
 
@@ -195,14 +218,17 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     table[i] = words * static_cast<int>(sizeof(Word<T>));
   }
 
-  // Where the inputs of this lane's outputs start in the staged tile: in bytes, like the entries'
-  // offsets, so that an address is one addition in the inner loop.
+  // Where the inputs of this lane's outputs start in shared memory: in bytes, like the entries'
+  // offsets, so that an address is one addition in the inner loop. The shuffle changes nothing: it
+  // hides how the number came about from the compiler, which would compute it anew in that loop.
   int start[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int position = v * kLanes + lane % kLanes, row = position >> t.tile_q_log2;
     const int col = position - (row << t.tile_q_log2);
-    start[v] = (row * t.row_stride * t.pitch + col) * static_cast<int>(sizeof(Word<T>));
+    const int words = row * t.row_stride * t.pitch + col;
+    const int at = kTileOffset + words * static_cast<int>(sizeof(Word<T>));
+    start[v] = __shfl_sync(kFullWarp, at, lane);
   }
 
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.splits));
@@ -264,11 +290,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
             const Entry entry = entries[e];
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
-              const Word<T> in =
-                  *reinterpret_cast<const Word<T>*>(tile + (start[v] + entry.offset));
+              float in[kStrips];
+              unpack(*reinterpret_cast<const Word<T>*>(smem + (start[v] + entry.offset)), in);
 #pragma unroll
               for (int i = 0; i < kStrips; ++i)
-                sum[j][v][i] = fmaf(entry.value, to_float(in.of[i]), sum[j][v][i]);
+                sum[j][v][i] = fmaf(entry.value, in[i], sum[j][v][i]);
             }
           }
           __syncwarp();  // all lanes have read before the next batch overwrites
