@@ -20,11 +20,10 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills -c".split()
 
 # Most registers a thread may take, by kernel: 65536 over the threads that are meant to share an
-# SM. The tiled convolution has blocks of 256 threads, two, three or four of them by its sums.
+# SM. The tiled convolution has two blocks, of 256 threads the largest and of 512 the others.
 BUDGETS = {
-    r"csr_conv2d_tiledI.*Li8ELi4ELi8E": 128,
-    r"csr_conv2d_tiledI.*Li4ELi2ELi8E": 80,
-    r"csr_conv2d_tiledI.*Li2ELi1ELi8E": 64,
+    r"csr_conv2d_tiledI.*Li2ELi32ELi4ELi8E": 128,
+    r"csr_conv2d_tiledI.*Li1ELi(32|16)ELi2ELi16E": 64,
     r"csr_conv2d_directI": 128,
     r"csr_conv2d_grad_values_kernelI": 128,
     # Blocks of 256 threads, two of them to an SM at least.

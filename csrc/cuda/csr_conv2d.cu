@@ -156,8 +156,8 @@ __device__ __forceinline__ void stage_tile(const T* __restrict__ x, Word<T>* til
                   static_cast<unsigned>(col - s.first_col) < static_cast<unsigned>(s.cols);
       from[v] = x + (inside[v] ? s.x + at : 0) + channel0 * t.x_c;
     }
-    Word<T>* to =
-        tile + row * t.pitch + (t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases) +
+    Word<T>* to = tile + row * t.pitch +
+                  (t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases) +
                   channel0 * t.channel_pitch;
     for (int c = channel0; c < channels; c += 2 * t.stage_channels) {
       // Eight loads in flight; the last channel of an odd number is loaded twice.
@@ -177,6 +177,8 @@ __device__ __forceinline__ void stage_tile(const T* __restrict__ x, Word<T>* til
   }
 }
 
+// What two warps do for the others: one places the strips, one sorts the filters.
+constexpr int kDescribing = 2;
 __device__ __forceinline__ void describe_work(const int32_t* row_ptr, const TilePlan& t,
                                               int64_t work, int warp, int lane, Header* header) {
   // Filter blocks run fastest: blocks in flight together share their input in L2.
@@ -210,7 +212,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_bytes);
   const T* values = static_cast<const T*>(prm.values);
 
-  for (int i = threadIdx.x; i < t.chunk * t.taps; i += kThreads) {
+  // Warps 0 and 1 have the first piece of work to describe meanwhile.
+  for (int i = static_cast<int>(threadIdx.x) - kDescribing * kWarpLanes;
+       i < t.chunk * t.taps && warp >= kDescribing; i += kThreads - kDescribing * kWarpLanes) {
     const int c = i / t.taps, tap = i - c * t.taps;
     const int r = tap / t.filter_w, shift = (tap - r * t.filter_w) * t.dil_w;
     const int words =
@@ -232,12 +236,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   }
 
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.splits));
-  const int32_t channel_begin = split * t.split_channels;
-  const int32_t channel_end =
-      channel_begin + t.split_channels < t.channels ? channel_begin + t.split_channels : t.channels;
+  const auto channel = [&](int32_t c) { return c < t.channels ? c : t.channels; };
+  const int32_t channel_begin = channel(split * t.split_channels);
+  const int32_t channel_end = channel(channel_begin + t.split_channels);
   for (int64_t work = blockIdx.x / static_cast<unsigned>(t.splits); work < t.work;
        work += gridDim.x / static_cast<unsigned>(t.splits)) {
-    if (warp < 2) describe_work(prm.row_ptr, t, work, warp, lane, header);
+    if (warp < kDescribing) describe_work(prm.row_ptr, t, work, warp, lane, header);
     __syncthreads();
 
     // Entry cursor + lane of each row, fetched ahead; kNoColumn past the end of the row.

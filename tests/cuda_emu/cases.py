@@ -100,6 +100,14 @@ def _depthwise() -> list[ConvCase]:
 
 
 DEPTHWISE = _depthwise()
+# What the shapes of a block are for, and channels for several blocks of a cluster to share.
+SPLIT = [
+    BASE.but(c=40, k=34),
+    BASE.but(c=64, k=33, h=7, w=7, n=1, density=0.1),
+    BASE.but(c=130, k=40, h=14, w=14, n=1, density=0.05),
+    # A last block of the cluster without channels; rows that end before the second one's.
+    BASE.but(c=65, k=70, h=5, w=5, n=1, density=0.1, groups=1, pattern="some_empty_rows"),
+]
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,

@@ -207,7 +207,9 @@ inline void run_cluster(Simulator& s, dim3 first, unsigned blocks, int order,
                         std::mt19937& random) {
   const unsigned all = s.threads.size(), n = all / blocks;
   if (!s.smem.empty()) std::memset(s.smem.data(), 0xff, s.smem.size() * sizeof(float));
-  std::vector<unsigned> warps;
+  std::vector<unsigned> ranks, warps;  // warps: first threads, within a block
+  for (unsigned rank = 0; rank < blocks; ++rank) ranks.push_back(rank);
+  for (unsigned i = 0; i < n; i += 32) warps.push_back(i);
   for (unsigned i = 0; i < all; ++i) {
     Thread& t = s.threads[i];
     t.rank = i / n;
@@ -223,17 +225,22 @@ inline void run_cluster(Simulator& s, dim3 first, unsigned blocks, int order,
     t.context.uc_stack.ss_size = kStackBytes;
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber, 0);
-    if (t.linear % 32 == 0) warps.push_back(i);
   }
-  if (order == 1) std::reverse(warps.begin(), warps.end());
+  if (order == 1) {
+    std::reverse(ranks.begin(), ranks.end());
+    std::reverse(warps.begin(), warps.end());
+  }
   s.any_predicate.assign(blocks, 0);
   s.any_result.assign(blocks, 0);
   for (;;) {
-    if (order == 2) std::shuffle(warps.begin(), warps.end(), random);
-    for (unsigned warp : warps) run_warp(s, warp, order, random);
     unsigned done = 0, at_cluster_barrier = 0;
-    bool released = false;
-    for (unsigned rank = 0; rank < blocks; ++rank) {
+    if (order == 2) std::shuffle(ranks.begin(), ranks.end(), random);
+    for (unsigned rank : ranks) {
+      // A block runs as far as it can before the next one does.
+      do {
+        if (order == 2) std::shuffle(warps.begin(), warps.end(), random);
+        for (unsigned warp : warps) run_warp(s, rank * n + warp, order, random);
+      } while (release_block(s, rank, n));
       unsigned ended = 0;
       for (unsigned i = rank * n; i < (rank + 1) * n; ++i) {
         ended += s.threads[i].state == State::kDone;
@@ -242,13 +249,11 @@ inline void run_cluster(Simulator& s, dim3 first, unsigned blocks, int order,
       done += ended;
       if (ended == n && s.block_floats)
         std::memset(&s.smem[rank * s.block_floats], 0xff, s.block_floats * sizeof(float));
-      released |= release_block(s, rank, n);
     }
     if (done == all) return;
-    if (at_cluster_barrier == all)
-      for (Thread& t : s.threads) t.state = State::kRun;
-    else if (!released)
+    if (at_cluster_barrier != all)
       fail("deadlock: a barrier or a collective that some threads never reach");
+    for (Thread& t : s.threads) t.state = State::kRun;
   }
 }
 
@@ -408,6 +413,12 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
   if (value > emu::device().smem_optin_bytes) return cudaErrorInvalidValue;
   emu::device().smem_granted_bytes = value;
   return cudaSuccess;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 
 // The two 16-bit storage types, by integer arithmetic: no toolkit header and no F16C needed.

@@ -23,8 +23,8 @@ FORWARD, GRADIENT = "csr_conv2d.cu", "csr_conv2d_grad_values.cu"
 FAULTS = {
     "no barrier after staging": (
         FORWARD,
-        "q0 * t.stride_w - t.pad_left);\n      __syncthreads();",
-        "q0 * t.stride_w - t.pad_left);",
+        "channels);\n      __syncthreads();",
+        "channels);",
     ),
     "no barrier before staging": (
         FORWARD,
@@ -38,8 +38,8 @@ FAULTS = {
     ),
     "halo shifted by one": (
         FORWARD,
-        "q0 * t.stride_w - t.pad_left)",
-        "q0 * t.stride_w + 1 - t.pad_left)",
+        "q0 * t.stride_w - t.pad_left;",
+        "q0 * t.stride_w + 1 - t.pad_left;",
     ),
     "no barrier in the team sum": (
         GRADIENT,
