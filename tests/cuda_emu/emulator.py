@@ -77,6 +77,12 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
+class PointwiseParams(ConvParams):
+    """Mirror of ``PointwiseConv2dParams``."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
+
+
 class GradParams(ctypes.Structure):
     """Mirror of ``CsrConv2dGradValuesParams``."""
 
@@ -116,10 +122,9 @@ def build(
         assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    header_edited = any(not name.endswith(".cu") for name in edits)
     objects = []
     for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or header_edited:
+        if not edits.keys().isdisjoint(_sources(path)):
             copy = folder / "cuda" / path.name
             source_path = copy if copy.exists() else path
             compiled = output.parent / f"{path.stem}.o"
@@ -128,6 +133,18 @@ def build(
             objects.append(_sound_object(path, flags))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
+
+
+def _sources(path: Path) -> set[str]:
+    """Names of a source in csrc/cuda and of the headers there that it includes, however far."""
+    found, waiting = set(), [path.name]
+    while waiting:
+        name = waiting.pop()
+        file = path if name == path.name else CSRC / "cuda" / name
+        if name not in found and file.exists():
+            found.add(name)
+            waiting += re.findall(r'#include "cuda/([^"]+)', file.read_text())
+    return found
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:
@@ -185,19 +202,28 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
     def set_device(
-        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, clusters: bool = True
+        self,
+        sm_count: int = 4,
+        smem_bytes: int = 227 * 1024,
+        max_grid: int = 2**31 - 1,
+        clusters: bool = True,
     ) -> None:
-        """What the launchers are told about the GPU; it steers their choice of kernel."""
-        self._lib.emu_set_device(sm_count, smem_bytes)
+        """What the launchers are told about the GPU; it steers their choice of kernel.
+
+        With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
+        """
+        self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
         self._lib.emu_set_clusters(int(clusters))
 
     @property
@@ -301,6 +327,23 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def pointwise_raw(self, params: PointwiseParams) -> None:
+        """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
+
+    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+        """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight if weight is None else weight
+        weight = weight.to(problem.case.dtype)
+        strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
+        self.pointwise_raw(
+            PointwiseParams(
+                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ CHOICES = {
     (16, cases.SPLIT[2]): (LARGE, 8),
     (64, cases.SPLIT[3]): (SMALL, 8),
 }
-# Faults that only clusters, half warps and sorted filters can have: (text, replacement).
-FAULTS = {
+# Faults that clusters, half warps, strips and sorted filters can have: (text, replacement).
+KERNEL_FAULTS = {
     "sums of the cluster read too early": (
         "cluster_sync();\n    else\n      __syncthreads();\n    const int share",
         "__syncthreads();\n    else\n      __syncthreads();\n    const int share",
@@ -40,18 +40,22 @@ FAULTS = {
         "__syncthreads();\n    else\n      __syncthreads();\n  }\n}",
     ),
     "no barrier after describing the work": ("header);\n    __syncthreads();", "header);"),
-    "equal rows share a rank": ("(theirs == mine && other < lane)", "false"),
-    "the search skips the first entry": ("(count - 1) * step + 1 : 0", "count * step : 0"),
     "half warps are not added up": ("if (kTogether == 2)", "if (kTogether == 3)"),
-    "a strip's last row is outside": (
-        "ceil_div(extent - origin, step) : 0",
-        "ceil_div(extent - origin, step) - 1 : 0",
-    ),
-    "filters of a turn are not reversed at the end": (
+    "filters are not put back": (
         "const int f = header->filter[rank_of(j)]",
         "const int f = header->filter[j * kWarps + warp]",
     ),
 }
+PART_FAULTS = {
+    "equal rows share a rank": ("(theirs == mine && other < lane)", "false"),
+    "the search skips the first entry": ("(count - 1) * step + 1 : 0", "count * step : 0"),
+    "a strip's last row is outside": (
+        "ceil_div(extent - origin, step) : 0",
+        "ceil_div(extent - origin, step) - 1 : 0",
+    ),
+}
+FAULTS = {name: {"csr_conv2d.cu": fault} for name, fault in KERNEL_FAULTS.items()}
+FAULTS |= {name: {"csr_conv2d_tile.cuh": fault} for name, fault in PART_FAULTS.items()}
 
 
 def check_grad(problem: Problem, emu: Emulator) -> Tensor:
@@ -139,11 +143,9 @@ def test_no_split_without_clusters(emu: Emulator) -> None:
         assert emu.cluster == 1
 
 
-def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # No test can fill a grid of 2^31 blocks: a copy with a limit of 3 takes its place.
-    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 3")}
-    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
-    emu.set_device(1)
+def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No test can fill a grid of 2^31 blocks: a limit of 3, or of one cluster, takes its place.
+    emu.set_device(1, max_grid=3)
     for case in cases.CORE:
         for order, layout in (("0", "contiguous"), ("1", "contiguous"), ("2", "channels_last")):
             monkeypatch.setenv("CUDA_EMU_ORDER", order)
@@ -151,11 +153,10 @@ def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.M
             problem.check(emu.forward(problem))
             check_grad(problem, emu)
     for (sm_count, case), (_, splits) in CHOICES.items():
-        if splits <= 2:  # a grid of three blocks has no place for more
-            emu.set_device(sm_count)
-            problem = build(case)
-            problem.check(emu.forward(problem))
-            assert emu.cluster == splits
+        emu.set_device(sm_count, max_grid=splits)
+        problem = build(case)
+        problem.check(emu.forward(problem))
+        assert emu.cluster == splits
 
 
 @pytest.mark.parametrize("case", cases.CORE, ids=lambda c: c.id)
@@ -212,7 +213,7 @@ def test_any_order_of_threads_gives_the_same_bits(
 def test_planted_fault_is_caught(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edits = {"csr_conv2d.cu": FAULTS[fault]}
+    edits = FAULTS[fault]
     emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
     emu.set_device(8)
     problem = build(cases.SPLIT[1])

@@ -37,7 +37,7 @@ FAULTS = {
         "cursor[j] += count;",
     ),
     "halo shifted by one": (
-        FORWARD,
+        "csr_conv2d_tile.cuh",
         "q0 * t.stride_w - t.pad_left;",
         "q0 * t.stride_w + 1 - t.pad_left;",
     ),
