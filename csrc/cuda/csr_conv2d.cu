@@ -41,17 +41,19 @@
 // strides) and groups with so few filters (depthwise) that nothing staged would be shared.
 //
 // Bound (derived): a multiply-add reads one element from shared memory, which delivers 128 bytes
-// per clock to an SM, against 128 multiply-adds: a quarter of the peak in float, less 1/9 for the
-// entries. In half precision a word carries twice the outputs and the instructions bind: per
-// multiply-add of a warp 1.75 in float and 2.75 in half precision (56 and 88 for 32 of them, read
-// off the machine code for sm_90a; with one load per multiply-add it were 3.4), four of which an SM
-// issues per clock, so 0.44 of a clock against 1.06 of shared memory, and 0.69 against 0.56. Words
-// of neighbouring lanes lie side by side, and pitch and phases (see the plan) keep lanes off each
-// other's banks except in some strided tiles, which the plan counts double.
-// Not done: one load for two filters with the same column. Columns coincide with the density as
-// probability, so that at 90 % sparsity two filters' union saves 5 % of the loads (density / 2) and
-// costs a test or a wasted multiply-add on the other 95 %.
-// GPU timings have not been taken: shapes, budgets and the estimate in the plan are reasoned.
+// per clock to an SM, against 128 multiply-adds: a quarter of the peak in float. Counted in the
+// machine code for sm_90a, 32 multiply-adds of a warp (four entries, 256 outputs) take 56
+// instructions in float and 88 in half precision, with 8 accesses to words and 2 to entries; one
+// load per multiply-add, as in an earlier version, took 108. An SM issues four instructions per
+// clock, so a multiply-add costs 0.44 of a clock against 1.06 of shared memory in float, and 0.69
+// against 0.56 in half precision, where the unpacking binds. (A read of the same 16 bytes by all
+// lanes is counted as one access; should it be four, add 0.19.) Words of neighbouring lanes lie
+// side by side, and pitch and phases (see the plan) keep lanes off each other's banks except in
+// some strided tiles, which the plan counts double. Not done: one load for two filters with the
+// same column. Columns coincide with the density as probability, so that at 90 % sparsity two
+// filters' union saves 5 % of the loads (density / 2) and costs a test or a wasted multiply-add on
+// the other 95 %. GPU timings have not been taken: shapes, budgets and the estimate in the plan are
+// reasoned.
 //
 // Papers: Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017
 // (direct sparse convolution, offsets instead of im2col); Chen, "Escoin", arXiv:1802.10280 (on

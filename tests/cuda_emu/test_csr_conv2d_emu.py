@@ -127,6 +127,18 @@ def test_every_block_and_split(
         )
 
 
+def test_many_chunks(emu: Emulator, thread_order: str) -> None:
+    # Little shared memory; where nothing is stored, all chunks but the first are skipped.
+    some = cases.SPLIT[1].but(density=0.3)
+    one_in_many = some.but(c=150, k=8, density=0.002)
+    for case in (some, some.but(layout="channels_last"), one_in_many, some.but(pattern="empty")):
+        for sm_count in (1, 8):
+            emu.set_device(sm_count, smem_bytes=48 * 1024)
+            problem = build(case)
+            problem.check(emu.forward(problem))
+            assert "tiled" in emu.kernel
+
+
 def test_split_in_every_type(emu: Emulator) -> None:
     emu.set_device(8)
     for variant in cases.variants(cases.SPLIT[1].but(residual=True, activation="relu")):
