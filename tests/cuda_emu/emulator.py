@@ -154,6 +154,14 @@ def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -
     return output
 
 
+def build_one(source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one file of the tests' own into a library beside it."""
+    output = source.with_suffix(".so")
+    compiled = _compile(source, source.with_suffix(".o"), flags)
+    _run(*flags, "-shared", str(compiled), "-o", str(output))
+    return output
+
+
 @functools.cache
 def _objects_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="cuda_emu_"))
