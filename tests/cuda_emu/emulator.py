@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,19 @@ class ForwardParams(ConvParams):
         ("values", ctypes.c_void_p),
         ("col_idx", ctypes.c_void_p),
         ("row_ptr", ctypes.c_void_p),
+    ]
+
+
+class PatternParams(ConvParams):
+    """Mirror of ``PatternConv2dParams``."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("filters", ctypes.c_void_p),
+        ("group_rows", ctypes.c_void_p),
+        ("group_columns", ctypes.c_void_p),
+        ("filter_groups", ctypes.c_int64),
     ]
 
 
@@ -185,12 +198,15 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
+        self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
         self.set_device()
 
     def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
@@ -240,12 +256,12 @@ class Emulator:
         self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
         return d
 
-    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor, selector: int) -> Tensor:
         """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
         a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
         bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
-        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        a_, b_, words, d_ = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, metadata, d))
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, a_, b_, words, selector, d_))
         return d
 
     def divergent_barrier(self) -> None:
@@ -295,6 +311,23 @@ class Emulator:
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
+    def pattern_2_4_workspace(self, params: PatternParams) -> int:
+        """Bytes that pattern_conv2d_2_4 wants, 0 where it does not apply."""
+        return int(self._lib.emu_pattern_conv2d_2_4_workspace_bytes(ctypes.byref(params)))
+
+    def pattern_2_4_raw(self, params: PatternParams, workspace: Tensor) -> None:
+        """pattern_conv2d_2_4 on a parameter block; raises as `forward_raw`."""
+        pointer = ctypes.c_void_p(workspace.data_ptr())
+        self._raise(self._lib.emu_pattern_conv2d_2_4(ctypes.byref(params), pointer))
+
+    def pattern_2_4(self, problem: Problem, arrays: Sequence[Tensor]) -> Tensor:
+        """pattern_conv2d_2_4; output and workspace start as NaN."""
+        y = _poisoned(problem)
+        params = pattern_params(problem, arrays, y)
+        words = self.pattern_2_4_workspace(params) // 8
+        self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
+        return y
+
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
         """csr_conv2d_grad_values; the result starts as NaN."""
         grad_y = grad_y.contiguous(memory_format=memory_format(problem.x))
@@ -312,6 +345,13 @@ class Emulator:
             )
         )
         return result
+
+
+def pattern_params(problem: Problem, arrays: Sequence[Tensor], y: Tensor) -> PatternParams:
+    """The block of a problem and the five arrays of its PatternWeight, to be kept alive."""
+    names = ("values", "columns", "filters", "group_rows", "group_columns")
+    pointers = {name: array.data_ptr() for name, array in zip(names, arrays, strict=True)}
+    return PatternParams(**_common(problem, y), **pointers, filter_groups=len(arrays[3]) - 1)
 
 
 def _poisoned(problem: Problem) -> Tensor:
