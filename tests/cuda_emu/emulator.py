@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.ops import pattern
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -75,6 +76,15 @@ class DepthwiseParams(ConvParams):
     """Mirror of ``DepthwiseConv2dParams``."""
 
     _fields_ = [("weight", ctypes.c_void_p)]
+
+
+class PatternParams(ConvParams):
+    """Mirror of ``PatternConv2dParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in pattern.NAMES),
+        ("filter_groups", ctypes.c_int64),
+    ]
 
 
 class GradParams(ctypes.Structure):
@@ -185,12 +195,14 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
         self.set_device()
 
     def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
@@ -293,6 +305,23 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def pattern_raw(self, params: PatternParams) -> None:
+        """pattern_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pattern_conv2d(ctypes.byref(params)))
+
+    def pattern(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d; the output starts as NaN."""
+        y = _poisoned(packed.problem)
+        arrays = dict(zip(pattern.NAMES, packed.arrays, strict=True))
+        self.pattern_raw(
+            PatternParams(
+                **_common(packed.problem, y),
+                **{name: array.data_ptr() for name, array in arrays.items()},
+                filter_groups=arrays["group_rows"].numel() - 1,
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
