@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.ops import pattern
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -71,23 +72,19 @@ class ForwardParams(ConvParams):
     ]
 
 
-class PatternParams(ConvParams):
-    """Mirror of ``PatternConv2dParams``."""
-
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("filters", ctypes.c_void_p),
-        ("group_rows", ctypes.c_void_p),
-        ("group_columns", ctypes.c_void_p),
-        ("filter_groups", ctypes.c_int64),
-    ]
-
-
 class DepthwiseParams(ConvParams):
     """Mirror of ``DepthwiseConv2dParams``."""
 
     _fields_ = [("weight", ctypes.c_void_p)]
+
+
+class PatternParams(ConvParams):
+    """Mirror of ``PatternConv2dParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in pattern.NAMES),
+        ("filter_groups", ctypes.c_int64),
+    ]
 
 
 class GradParams(ctypes.Structure):
@@ -311,6 +308,16 @@ class Emulator:
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
+    def pattern_raw(self, params: PatternParams) -> None:
+        """pattern_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pattern_conv2d(ctypes.byref(params)))
+
+    def pattern(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d; the output starts as NaN."""
+        y = _poisoned(packed.problem)
+        self.pattern_raw(pattern_params(packed, y))
+        return y
+
     def pattern_2_4_workspace(self, params: PatternParams) -> int:
         """Bytes that pattern_conv2d_2_4 wants, 0 where it does not apply."""
         return int(self._lib.emu_pattern_conv2d_2_4_workspace_bytes(ctypes.byref(params)))
@@ -320,10 +327,10 @@ class Emulator:
         pointer = ctypes.c_void_p(workspace.data_ptr())
         self._raise(self._lib.emu_pattern_conv2d_2_4(ctypes.byref(params), pointer))
 
-    def pattern_2_4(self, problem: Problem, arrays: Sequence[Tensor]) -> Tensor:
+    def pattern_2_4(self, packed: pattern.PatternProblem) -> Tensor:
         """pattern_conv2d_2_4; output and workspace start as NaN."""
-        y = _poisoned(problem)
-        params = pattern_params(problem, arrays, y)
+        y = _poisoned(packed.problem)
+        params = pattern_params(packed, y)
         words = self.pattern_2_4_workspace(params) // 8
         self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
         return y
@@ -347,11 +354,11 @@ class Emulator:
         return result
 
 
-def pattern_params(problem: Problem, arrays: Sequence[Tensor], y: Tensor) -> PatternParams:
-    """The block of a problem and the five arrays of its PatternWeight, to be kept alive."""
-    names = ("values", "columns", "filters", "group_rows", "group_columns")
-    pointers = {name: array.data_ptr() for name, array in zip(names, arrays, strict=True)}
-    return PatternParams(**_common(problem, y), **pointers, filter_groups=len(arrays[3]) - 1)
+def pattern_params(packed: pattern.PatternProblem, y: Tensor) -> PatternParams:
+    """The block of a problem, which has to outlive it."""
+    pointers = zip(pattern.NAMES, (array.data_ptr() for array in packed.arrays), strict=True)
+    groups = packed.arrays[3].numel() - 1
+    return PatternParams(**_common(packed.problem, y), **dict(pointers), filter_groups=groups)
 
 
 def _poisoned(problem: Problem) -> Tensor:

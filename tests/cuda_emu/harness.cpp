@@ -124,6 +124,10 @@ int emu_depthwise_conv2d(const sparsecnn::DepthwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::depthwise_conv2d(*params, nullptr); });
 }
 
+int emu_pattern_conv2d(const sparsecnn::PatternConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::pattern_conv2d(*params, nullptr); });
+}
+
 int64_t emu_pattern_conv2d_2_4_workspace_bytes(const sparsecnn::PatternConv2dParams* params) {
   return sparsecnn::cuda::pattern_conv2d_2_4_workspace_bytes(*params);
 }
