@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparsecnn.formats.pattern import PatternWeight
 from tests import reference
-from tests.cases import ConvCase, Problem, build
+from tests.cases import ConvCase, build
 from tests.cuda_emu import cases, emulator
 from tests.cuda_emu.emulator import Emulator
+from tests.ops.pattern import NAMES, PatternProblem
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -39,8 +40,8 @@ GEOMETRIES = [
 ]
 
 
-def two_four(case: ConvCase, share: int = 1) -> tuple[Problem, list[Tensor]]:
-    """A problem whose weight keeps zero, one or two of four channels; the arrays that hold it.
+def two_four(case: ConvCase, share: int = 1) -> PatternProblem:
+    """A problem whose weight keeps zero, one or two of four channels.
 
     Every `share` filters have one support, and some of the stored values are zeros.
     """
@@ -57,13 +58,12 @@ def two_four(case: ConvCase, share: int = 1) -> tuple[Problem, list[Tensor]]:
     packed.values[::5] = 0
     row_ptr = torch.tensor([0, int(mask.sum((1, 2, 3)).max())], dtype=torch.int32)
     problem = dataclasses.replace(problem, weight=packed.to_dense(), row_ptr=row_ptr)
-    names = ("values", "columns", "filters", "group_rows", "group_columns")
-    return problem, [getattr(packed, name) for name in names]
+    return PatternProblem(problem, tuple(getattr(packed, name) for name in NAMES))
 
 
 def check(emu: Emulator, case: ConvCase, share: int = 1) -> None:
-    problem, arrays = two_four(case, share)
-    problem.check(emu.pattern_2_4(problem, arrays))
+    packed = two_four(case, share)
+    packed.problem.check(emu.pattern_2_4(packed))
 
 
 def test_integers_are_exact(emu: Emulator) -> None:

@@ -108,6 +108,7 @@ def op_args(p: PatternProblem) -> tuple[Any, ...]:
         list(case.padding),
         list(case.dilation),
         case.groups,
+        "none",
         case.activation,
     )
 
