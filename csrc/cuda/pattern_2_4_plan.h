@@ -22,16 +22,21 @@ inline constexpr int kBlockBytes = kValueBytes + 512;  // of one block and step
 inline constexpr int kRowElements = static_cast<int>(kDefaultSmemBytes / 2) - 64;
 inline constexpr int64_t kMostExtent = int64_t{1} << 30;  // of the coordinates kept in 32 bits
 
+enum class TileKind : int32_t { kWide, kMiddle, kSmall };
+
 struct Plan {
   int64_t pixels;         // N * P * Q
   int64_t filter_blocks;  // of kBlockFilters, the last one filled up with zeros
   int32_t taps, chunks, steps;
   int32_t first_half_step;  // from here on a step has one slice; `steps` if all have two
   int32_t pass_chunks;      // that the packing kernel takes at a time
+  TileKind tile;
+  int32_t parts;  // that the steps of a tile are split into; more than one leave partial sums
 };
 
-inline Plan make_plan(const ConvShape& s) {
-  Plan plan;
+// Geometry alone, no tile yet.
+inline Plan plan_steps(const ConvShape& s) {
+  Plan plan{};
   plan.pixels = s.n * s.p * s.q;
   plan.filter_blocks = ceil_div(s.k, kBlockFilters);
   plan.taps = static_cast<int32_t>(s.r * s.s);
@@ -60,7 +65,7 @@ inline bool applies(const PatternConv2dParams& prm) {
   if (s.r > kRowElements || s.s > kRowElements || s.r * s.s > kRowElements / kChunk) return false;
   if (s.columns() >= kMostExtent || s.h >= kMostExtent || s.w >= kMostExtent) return false;
   // The packed weight is addressed by 32 bits.
-  if (packed_bytes(make_plan(s)) > UINT32_MAX) return false;
+  if (packed_bytes(plan_steps(s)) > UINT32_MAX) return false;
   const int64_t span_h = (s.r - 1) * s.dil_h, span_w = (s.s - 1) * s.dil_w;
   if (span_h >= kMostExtent || span_w >= kMostExtent) return false;
   // Pads that are not given are implied: the last pixel's window ends where the padded input does.
@@ -72,6 +77,10 @@ inline bool applies(const PatternConv2dParams& prm) {
 // Fills `packed`, of packed_bytes; its content before does not matter.
 cudaError_t pack(const PatternConv2dParams& prm, const Plan& plan, unsigned char* packed,
                  cudaStream_t stream);
+
+// Ends a convolution whose plan has several parts; they lie one after the other in `partial`.
+cudaError_t sum_parts(const PatternConv2dParams& prm, const Plan& plan, const float* partial,
+                      cudaStream_t stream);
 
 // What a block computes: kWarpRows x kWarpColumns warps of kM x kN products of 16 filters and 8
 // pixels each.
@@ -94,13 +103,53 @@ struct Wide : Tile<4, 2, 4, 8, 1> {};    // 256 filters x 128 pixels
 struct Middle : Tile<2, 2, 4, 8, 2> {};  // 128 x 128
 struct Small : Tile<2, 2, 2, 4, 4> {};   // 64 x 64
 
-// Time of a launch in units of bytes through the shared memory of the busiest SM, the resource that
-// bounds all three tiles; -1 where a block asks for more shared memory than there is.
+// Time in units of bytes through the shared memory of one SM, the resource that bounds all tiles.
+inline constexpr double kSumTime = 300e3;  // one more launch, some 1.3 us at 128 bytes a cycle
+inline constexpr double kL2Time = 5;       // of a byte from or to L2, at some 25 bytes a cycle
+inline constexpr int32_t kLeastSteps = 4;  // of a part: fewer do not fill the stages
+
+// Takes a tile into the plan if with it the busiest SM is done earlier than `least`: as it is, or
+// with the steps split so far that every SM has a part.
 template <class Tile>
-inline int64_t predicted_work(const ConvShape& s, const Plan& plan, const DeviceLimits& limits) {
-  if (Tile::kSmemBytes > limits.smem_optin_bytes) return -1;
-  const int64_t tiles = ceil_div(s.k, Tile::kFilters) * ceil_div(plan.pixels, Tile::kPixels);
-  return ceil_div(tiles, limits.sm_count) * Tile::kWork;
+inline void consider(TileKind kind, const ConvShape& s, const DeviceLimits& limits, Plan* plan,
+                     double* least) {
+  if (Tile::kSmemBytes > limits.smem_optin_bytes) return;
+  const int64_t tiles = ceil_div(s.k, Tile::kFilters) * ceil_div(plan->pixels, Tile::kPixels);
+  const auto consider_parts = [&](int64_t parts) {
+    const double rounds = static_cast<double>(ceil_div(tiles * parts, limits.sm_count));
+    double time = rounds * static_cast<double>(ceil_div(plan->steps, parts)) *
+                  (kChunk / kSlice * Tile::kWork);
+    if (parts > 1)  // every part is written and read
+      time += kSumTime + kL2Time * 8 * static_cast<double>(parts * plan->pixels) *
+                             static_cast<double>(s.k) / limits.sm_count;
+    if (time >= *least) return;
+    *least = time;
+    plan->tile = kind;
+    plan->parts = static_cast<int32_t>(parts);
+  };
+  consider_parts(1);
+  const int64_t for_all = limits.sm_count / (tiles > 0 ? tiles : 1);
+  const int64_t most = plan->steps / kLeastSteps;
+  const int64_t parts = for_all < most ? for_all : most;
+  if (parts > 1) consider_parts(parts);
+}
+
+inline cudaError_t make_plan(const ConvShape& s, Plan* plan) {
+  *plan = plan_steps(s);
+  DeviceLimits limits;
+  const cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  double least = 1e300;  // on a tie the larger tile
+  consider<Wide>(TileKind::kWide, s, limits, plan, &least);
+  consider<Middle>(TileKind::kMiddle, s, limits, plan, &least);
+  consider<Small>(TileKind::kSmall, s, limits, plan, &least);
+  return plan->parts > 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The packed weight, then the partial sums.
+inline int64_t workspace_bytes(const ConvShape& s, const Plan& plan) {
+  const int64_t partial = plan.parts > 1 ? 4 * plan.parts * plan.pixels * s.k : 0;
+  return packed_bytes(plan) + partial;
 }
 
 }  // namespace sparsecnn::cuda::two_four

@@ -34,6 +34,7 @@
 // Paper: Mishra et al., "Accelerating Sparse Deep Neural Networks" (2021).
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
+#include "cuda/pattern_2_4_epilogue.cuh"
 #include "cuda/pattern_2_4_plan.h"
 
 namespace sparsecnn::cuda {
@@ -44,14 +45,6 @@ namespace {
 struct alignas(16) Words {
   uint32_t v[4];
 };
-struct alignas(16) Floats {
-  float v[4];
-};
-template <typename T>
-struct alignas(16) Vector {
-  T v[8];
-};
-
 // A pixel of the output as the place of its window in x; 16 bytes, read at once.
 struct alignas(16) Pixel {
   int64_t offset;       // bytes to (row, column, channel 0) in x, also where that is outside
@@ -60,7 +53,14 @@ struct alignas(16) Pixel {
 
 // Which tap of which channels a step is.
 struct Step {
-  int32_t index = 0, chunk = 0, r = 0, s = 0;
+  int32_t index, chunk, r, s;
+
+  __device__ __forceinline__ Step(const Plan& plan, const ConvShape& shape, int32_t first)
+      : index(first), chunk(first / plan.taps) {
+    const int32_t tap = first - chunk * plan.taps, width = static_cast<int32_t>(shape.s);
+    r = tap / width;
+    s = tap - r * width;
+  }
 
   __device__ __forceinline__ void next(const ConvShape& shape) {
     ++index;
@@ -150,31 +150,11 @@ __device__ __forceinline__ void multiply_slice(const unsigned char* a, const uin
   }
 }
 
-// One choice for eight values: the code is there several times, and has to stay in the cache.
-template <int kCount>
-__device__ __forceinline__ void activate_all(Activation activation, float (&v)[kCount]) {
-  const auto all = [&](Activation known) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) v[i] = activate(known, v[i]);
-  };
-  switch (activation) {
-    case Activation::kRelu:
-      return all(Activation::kRelu);
-    case Activation::kRelu6:
-      return all(Activation::kRelu6);
-    case Activation::kSilu:
-      return all(Activation::kSilu);
-    case Activation::kHardswish:
-      return all(Activation::kHardswish);
-    default:
-      return;
-  }
-}
-
-// Turns the sums of a warp, 16 pixels at a time, so that a lane stores 8 filters of a pixel.
+// Turns the sums of a warp, 16 pixels at a time, so that a lane stores 8 filters of a pixel: the
+// end result, or those of a part to `partial`.
 template <typename T, class Tile>
-__device__ __forceinline__ void store_tile(const PatternConv2dParams& prm, int64_t pixels,
-                                           int64_t k0, int64_t pixel0,
+__device__ __forceinline__ void store_tile(const PatternConv2dParams& prm, float* partial,
+                                           int64_t pixels, int64_t k0, int64_t pixel0,
                                            const float (&sum)[Tile::kM][Tile::kN][4],
                                            float* turned) {
   // A pitch of 4 modulo 32 banks: the writes of g and t below fall on 32 different ones.
@@ -183,10 +163,8 @@ __device__ __forceinline__ void store_tile(const PatternConv2dParams& prm, int64
   const int k_in_warp = lane % kVectors * 8;
   const int64_t k = k0 + k_in_warp;
   const bool stores = k < prm.shape.k;
-  float bias[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    bias[i] = stores && prm.bias ? to_float(static_cast<const T*>(prm.bias)[k + i]) : 0.f;
+  float bias[8] = {};
+  if (stores) load_bias<T>(prm, k, bias);
 #pragma unroll
   for (int n = 0; n < Tile::kN; n += 2) {
     __syncwarp();
@@ -205,20 +183,16 @@ __device__ __forceinline__ void store_tile(const PatternConv2dParams& prm, int64
       const int64_t at = pixel * prm.shape.k + k;
       const auto* from = reinterpret_cast<const Floats*>(turned + row * kPitch + k_in_warp);
       const Floats sums[2] = {from[0], from[1]};
+      if (partial) {
+        Floats* const to = reinterpret_cast<Floats*>(partial + at);
+        to[0] = sums[0];
+        to[1] = sums[1];
+        continue;
+      }
       float v[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = sums[j / 4].v[j % 4] + bias[j];
-      if (prm.residual) {
-        const auto residual =
-            *reinterpret_cast<const Vector<T>*>(static_cast<const T*>(prm.residual) + at);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] += to_float(residual.v[j]);
-      }
-      activate_all(prm.activation, v);
-      Vector<T> out;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out.v[j] = from_float<T>(v[j]);
-      *reinterpret_cast<Vector<T>*>(static_cast<T*>(prm.y) + at) = out;
+      finish<T>(prm, at, v);
     }
   }
 }
@@ -226,8 +200,8 @@ __device__ __forceinline__ void store_tile(const PatternConv2dParams& prm, int64
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     pattern_conv2d_2_4_gemm(const PatternConv2dParams prm, const Plan plan,
-                            const unsigned char* __restrict__ packed, int64_t filter_tiles,
-                            int64_t tiles) {
+                            const unsigned char* __restrict__ packed, float* __restrict__ partial,
+                            int64_t filter_tiles, int64_t tiles) {
   constexpr int kStages = Tile::kStages;
   DYN_SMEM(unsigned char, shared);
   Pixel* const pixels = reinterpret_cast<Pixel*>(shared + kStages * Tile::kStageBytes);
@@ -237,9 +211,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns;
   // The warp's first tile of 16 filters: which block of 64, which of its four.
   const int block = warp_row * Tile::kM / 4, first = warp_row * Tile::kM % 4;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < tiles * plan.parts; item += gridDim.x) {
     // Blocks of the same pixels run together and share them in L2.
-    int64_t filter_tile;
+    int64_t tile, filter_tile;
+    const int part = static_cast<int>(divide(item, tiles, &tile));
     const int64_t pixel0 = divide(tile, filter_tiles, &filter_tile) * Tile::kPixels;
     for (int i = tid; i < Tile::kPixels; i += Tile::kThreads) {
       Pixel pixel{0, INT32_MIN, 0};  // outside at every tap
@@ -265,10 +240,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 
     Pieces<Tile> pieces;
     pieces.find(plan, filter_tile * Tile::kFilterBlocks);
-    Step ahead;
+    Step ahead(plan, s, static_cast<int>(int64_t{part} * plan.steps / plan.parts));
+    const int begin = ahead.index;
+    const int end = static_cast<int>((int64_t{part} + 1) * plan.steps / plan.parts);
     int write = 0, read = 0;  // stages
     const auto copy_next = [&] {
-      if (ahead.index < plan.steps) {
+      if (ahead.index < end) {
         copy_step<Tile>(prm, packed, pieces, pixels, ahead, shared + write * Tile::kStageBytes);
         ahead.next(s);
       }
@@ -278,7 +255,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) copy_next();
 #pragma unroll 1
-    for (int step = 0; step < plan.steps; ++step) {
+    for (int step = begin; step < end; ++step) {
       copy_async_wait<kStages - 2>();
       // Behind it the step is there for all, and nobody reads the stage that is written next.
       __syncthreads();
@@ -297,7 +274,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       read = read + 1 < kStages ? read + 1 : 0;
     }
     __syncthreads();  // the stages become the memory in which the sums are turned
-    store_tile<T, Tile>(prm, plan.pixels, filter_tile * Tile::kFilters + warp_row * Tile::kM * 16,
+    store_tile<T, Tile>(prm, partial ? partial + part * plan.pixels * s.k : nullptr, plan.pixels,
+                        filter_tile * Tile::kFilters + warp_row * Tile::kM * 16,
                         pixel0 + warp_column * Tile::kN * 8, sum,
                         reinterpret_cast<float*>(shared) + warp * 16 * (Tile::kM * 16 + 4));
     __syncthreads();
@@ -306,52 +284,58 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 
 template <typename T, class Tile>
 cudaError_t launch_gemm(const PatternConv2dParams& prm, const Plan& plan,
-                        const unsigned char* packed, cudaStream_t stream) {
+                        const unsigned char* packed, float* partial, cudaStream_t stream) {
   const auto kernel = pattern_conv2d_2_4_gemm<T, Tile>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes);
   if (error != cudaSuccess) return error;
   const int64_t filter_tiles = ceil_div(prm.shape.k, Tile::kFilters);
   const int64_t tiles = filter_tiles * ceil_div(plan.pixels, Tile::kPixels);
-  CUDA_LAUNCH(kernel, grid_size(tiles), Tile::kThreads, Tile::kSmemBytes, stream, prm, plan, packed,
-              filter_tiles, tiles);
+  CUDA_LAUNCH(kernel, grid_size(tiles * plan.parts), Tile::kThreads, Tile::kSmemBytes, stream, prm,
+              plan, packed, partial, filter_tiles, tiles);
   return cudaGetLastError();
 }
 
-// The tile of the least predicted time, the larger one on a tie.
 template <typename T>
-cudaError_t launch_best(const PatternConv2dParams& prm, const Plan& plan,
-                        const unsigned char* packed, cudaStream_t stream) {
-  DeviceLimits limits;
-  const cudaError_t error = device_limits(&limits);
-  if (error != cudaSuccess) return error;
-  const int64_t wide = predicted_work<Wide>(prm.shape, plan, limits);
-  const int64_t middle = predicted_work<Middle>(prm.shape, plan, limits);
-  const int64_t small = predicted_work<Small>(prm.shape, plan, limits);
-  if (wide >= 0 && wide <= middle && wide <= small)
-    return launch_gemm<T, Wide>(prm, plan, packed, stream);
-  if (middle >= 0 && middle <= small) return launch_gemm<T, Middle>(prm, plan, packed, stream);
-  return launch_gemm<T, Small>(prm, plan, packed, stream);
+cudaError_t launch_planned(const PatternConv2dParams& prm, const Plan& plan,
+                           const unsigned char* packed, float* partial, cudaStream_t stream) {
+  switch (plan.tile) {
+    case TileKind::kWide:
+      return launch_gemm<T, Wide>(prm, plan, packed, partial, stream);
+    case TileKind::kMiddle:
+      return launch_gemm<T, Middle>(prm, plan, packed, partial, stream);
+    default:
+      return launch_gemm<T, Small>(prm, plan, packed, partial, stream);
+  }
 }
 
 }  // namespace
 }  // namespace two_four
 
 int64_t pattern_conv2d_2_4_workspace_bytes(const PatternConv2dParams& prm) {
-  return two_four::applies(prm) ? two_four::packed_bytes(two_four::make_plan(prm.shape)) : 0;
+  two_four::Plan plan;
+  // Where there is no device, the general kernel reports it.
+  if (!two_four::applies(prm) || two_four::make_plan(prm.shape, &plan) != cudaSuccess) return 0;
+  return two_four::workspace_bytes(prm.shape, plan);
 }
 
 int32_t pattern_conv2d_2_4(const PatternConv2dParams& prm, void* workspace, void* stream) {
   using namespace two_four;
   if (!applies(prm) || !aligned(workspace)) return cudaErrorInvalidValue;
-  const Plan plan = make_plan(prm.shape);
-  if (plan.pixels == 0) return cudaSuccess;
+  Plan plan;
+  cudaError_t error = make_plan(prm.shape, &plan);
+  if (error != cudaSuccess || plan.pixels == 0) return error;
   const auto on = static_cast<cudaStream_t>(stream);
-  unsigned char* const packed = static_cast<unsigned char*>(workspace);
-  const cudaError_t error = pack(prm, plan, packed, on);
+  auto* const packed = static_cast<unsigned char*>(workspace);
+  float* const partial =
+      plan.parts > 1 ? reinterpret_cast<float*>(packed + packed_bytes(plan)) : nullptr;
+  error = pack(prm, plan, packed, on);
   if (error != cudaSuccess) return error;
-  return prm.dtype == DType::kFloat16 ? launch_best<__half>(prm, plan, packed, on)
-                                      : launch_best<__nv_bfloat16>(prm, plan, packed, on);
+  error = prm.dtype == DType::kFloat16
+              ? launch_planned<__half>(prm, plan, packed, partial, on)
+              : launch_planned<__nv_bfloat16>(prm, plan, packed, partial, on);
+  if (error != cudaSuccess || !partial) return error;
+  return sum_parts(prm, plan, partial, on);
 }
 
 }  // namespace sparsecnn::cuda

@@ -120,17 +120,19 @@ def variants(case: ConvCase) -> list[ConvCase]:
     return cases
 
 
-def huge_image(layout: int, side: int) -> tuple[Tensor, Tensor]:
-    """Two channels of side x side half floats in NCHW (0) or NHWC (1), and their four corners.
+def huge_image(layout: int, side: int, channels: int = 2) -> tuple[Tensor, Tensor]:
+    """Side x side half floats of each channel in NCHW (0) or NHWC (1), and their four corners.
 
-    The corners, 1 to 8, are all that is written: untouched pages of the mapping take no memory.
+    The corners, 1, 2, 3 ..., are all that is written: untouched pages of the mapping take no
+    memory.
     """
     try:
-        memory = mmap.mmap(-1, 4 * side * side)
+        memory = mmap.mmap(-1, 2 * channels * side * side)
     except OSError as error:
         pytest.skip(f"no address space: {error}")
     x = torch.frombuffer(memory, dtype=torch.float16)
-    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
+    sides = (side, side)
+    x = x.view(1, *sides, channels).permute(0, 3, 1, 2) if layout else x.view(1, channels, *sides)
     corners = x[:, :, :: side - 1, :: side - 1]
-    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    corners.copy_(torch.arange(1, 4 * channels + 1).view(1, channels, 2, 2))
     return x, corners

@@ -13,7 +13,7 @@ from sparsecnn.formats.pattern import PatternWeight
 from tests import reference
 from tests.cases import ConvCase, build
 from tests.cuda_emu import cases, emulator
-from tests.cuda_emu.emulator import Emulator
+from tests.cuda_emu.emulator import Emulator, pattern_params
 from tests.ops.pattern import NAMES, PatternProblem
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
@@ -23,20 +23,23 @@ BASE = ConvCase(
     n=1, c=64, h=5, w=7, k=40, integers=True, pattern="full", dtype=HALF, layout="channels_last"
 )
 ONE = BASE.but(kernel=(1, 1), padding=(0, 0, 0, 0))
-# Numbers of multiprocessors with which the launcher takes each tile.
-WIDE = ONE.but(k=504, h=9, w=14), 1
-MIDDLE = ONE.but(k=120, h=10, w=13, dtype=BFLOAT), 1
-SMALL = ONE.but(k=264, h=10, w=13, dtype=BFLOAT), 1000
-
+# Seven chunks of 3 x 3 taps: the steps are split into parts.
+SPLIT = BASE.but(c=416, h=3, w=4, residual=True, activation="relu")
+# With these numbers of multiprocessors the launcher takes each tile.
+TILES = {
+    "Wide": (ONE.but(k=504, h=9, w=14), 1),
+    "Middle": (ONE.but(k=120, h=10, w=13), 1),
+    "Small": (ONE.but(k=264, h=10, w=13), 1000),
+}
 GEOMETRIES = [
     BASE,
     BASE.but(stride=(2, 3), padding=(0, 2, 1, 0), n=2),
     BASE.but(dilation=(2, 1), padding=(2, 2, 3, 3), bias=False, dtype=BFLOAT),
     BASE.but(kernel=(2, 3), padding=(4, 0, 0, 4), residual=True, activation="relu"),
     BASE.but(kernel=(1, 2), padding=(0, 0, -1, 1), c=32, dtype=BFLOAT),  # a lone slice, cropped
-    BASE.but(h=1, w=1, c=96, k=72),  # a step of one slice, filters in two blocks
-    BASE.but(kernel=(5, 5), padding=(2, 2, 2, 2), h=3, w=3, c=160, k=32, n=3),
+    BASE.but(h=1, w=1, c=96, k=72),  # a chunk of one slice, two blocks of filters, one pixel
     ONE.but(n=5, h=7, w=7, k=72, c=96, residual=True, activation="relu6", dtype=BFLOAT),
+    SPLIT,
 ]
 
 
@@ -49,9 +52,8 @@ def two_four(case: ConvCase, share: int = 1) -> PatternProblem:
     k, c, r, s = case.weight_shape
     leaders = -(-k // share)
     order = torch.rand(leaders, c // 4, 4, r, s, generator=generator).argsort(2)
-    kept = torch.tensor([0, 1, 2, 2])[torch.randint(0, 4, (leaders, c // 4, 1, r, s),
-                                                    generator=generator)]  # fmt: skip
-    mask = (order < kept).reshape(leaders, c, r, s)[torch.arange(k) % leaders]
+    drawn = torch.randint(0, 4, (leaders, c // 4, 1, r, s), generator=generator)
+    mask = (order < drawn.clamp(max=2)).reshape(leaders, c, r, s)[torch.arange(k) % leaders]
     problem = build(case)
     weight = torch.where(problem.weight == 0, torch.ones_like(problem.weight), problem.weight)
     packed = PatternWeight.from_dense(weight * mask, 1, "2:4")
@@ -61,19 +63,170 @@ def two_four(case: ConvCase, share: int = 1) -> PatternProblem:
     return PatternProblem(problem, tuple(getattr(packed, name) for name in NAMES))
 
 
-def check(emu: Emulator, case: ConvCase, share: int = 1) -> None:
+def check(emu: Emulator, case: ConvCase, share: int = 1) -> Tensor:
     packed = two_four(case, share)
-    packed.problem.check(emu.pattern_2_4(packed))
+    y = emu.pattern_2_4(packed)
+    packed.problem.check(y)
+    return y
+
+
+def launcher(emu: Emulator) -> str:
+    return emu.kernel.replace("sparsecnn::cuda::two_four::", "")
 
 
 def test_integers_are_exact(emu: Emulator) -> None:
     for number, case in enumerate(GEOMETRIES):
         check(emu, case, share=1 + number % 3)
-    kernels = set()
-    for (case, sm_count), dtype in zip((WIDE, MIDDLE, SMALL) * 2, [HALF] * 3 + [BFLOAT] * 3):
-        emu.set_device(sm_count)
-        check(emu, case.but(dtype=dtype))
-        kernels.add(emu.kernel.replace("sparsecnn::cuda::two_four::", ""))
-    types = ("__half", "__nv_bfloat16")
-    tiles = ("Wide", "Middle", "Small")
-    assert kernels == {f"launch_gemm<{t}, {tile}>" for t in types for tile in tiles}
+    assert launcher(emu) == "launch_sum<__half>"
+    check(emu, SPLIT.but(dtype=BFLOAT, residual=False, bias=False, c=384), share=2)
+    assert launcher(emu) == "launch_sum<__nv_bfloat16>"
+    for dtype, name in ((HALF, "__half"), (BFLOAT, "__nv_bfloat16")):
+        for tile, (case, sm_count) in TILES.items():
+            emu.set_device(sm_count)
+            check(emu, case.but(dtype=dtype))
+            assert launcher(emu) == f"launch_gemm<{name}, {tile}>"
+
+
+def test_less_shared_memory_takes_a_smaller_tile(emu: Emulator) -> None:
+    case = TILES["Wide"][0]
+    for kib, tile in ((227, "Wide"), (99, "Middle"), (64, "Small")):
+        emu.set_device(1, kib * 1024)
+        check(emu, case)
+        assert launcher(emu) == f"launch_gemm<__half, {tile}>"
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_every_type_and_order(emu: Emulator, tile: str, thread_order: str) -> None:
+    case, sm_count = TILES[tile]
+    emu.set_device(sm_count)
+    for dtype in (HALF, BFLOAT):
+        floats = case.but(dtype=dtype, integers=False, residual=True, activation="silu")
+        check(emu, floats.but(c=96))
+    emu.set_device(4)
+    check(emu, SPLIT.but(integers=False))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations(emu: Emulator, activation: str) -> None:
+    for case in (ONE, SPLIT.but(dtype=BFLOAT)):
+        check(emu, case.but(activation=activation, residual=True))
+        check(emu, case.but(activation=activation, residual=False, bias=False))
+
+
+def test_a_wide_filter_is_packed_in_passes(emu: Emulator) -> None:
+    check(emu, BASE.but(kernel=(13, 17), padding=(6, 6, 8, 8), c=160, h=2, w=2, k=32), share=4)
+
+
+def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 2")}
+    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
+    monkeypatch.setenv("CUDA_EMU_ORDER", "1")
+    check(emu, ONE.but(k=136, h=10, w=13), share=3)
+    check(emu, SPLIT)
+
+
+def test_what_breaks_the_pattern_is_nan(emu: Emulator) -> None:
+    packed = two_four(BASE.but(activation="relu"))
+    problem = packed.problem
+    expected = problem.expected().to(HALF)
+    dense = problem.weight.clone()
+    dense[3, 8:11, 2, 0] = 1  # three of four channels of a tap
+    dense[5, 10:13, 1, 1] = 1  # three neighbours, but of two quads
+    dense[5, 8:10, 1, 1] = dense[5, 13:16, 1, 1] = 0
+    broken = PatternWeight.from_dense(dense, 1, "none")
+    y = emu.pattern_2_4(dataclasses.replace(packed, arrays=tuple(
+        getattr(broken, name) for name in NAMES
+    )))  # fmt: skip
+    assert bool(y[:, 3].isnan().all())
+    others = [k for k in range(BASE.k) if k not in (3, 5)]
+    assert torch.equal(y[:, others], expected[:, others])
+    assert not bool(y[:, 5].isnan().any())
+
+
+def test_nan_passes_every_activation(emu: Emulator) -> None:
+    for activation in reference.ACTIVATIONS:
+        packed = two_four(ONE.but(activation=activation))
+        assert packed.problem.bias is not None
+        packed.problem.bias[3] = float("nan")
+        y = emu.pattern_2_4(packed)
+        others = [k for k in range(ONE.k) if k != 3]
+        assert bool(y[:, 3].isnan().all()) and not bool(y[:, others].isnan().any()), activation
+
+
+def test_it_applies_to_what_it_can_do(emu: Emulator) -> None:
+    def workspace(case: ConvCase, **fields: int) -> int:
+        problem = build(case)
+        size = (case.n, case.k, *case.out_size)
+        y = torch.empty(size, dtype=case.dtype, memory_format=torch.channels_last)
+        params = pattern_params(PatternProblem(problem, (problem.values,) * 5), y)
+        for name, value in fields.items():
+            setattr(params, name, value)
+        return emu.pattern_2_4_workspace(params)
+
+    # 9 steps of one block of 64 filters.
+    assert workspace(BASE) == workspace(BASE.but(dtype=BFLOAT)) == 9 * (4096 + 512)
+    for change in (
+        {"dtype": torch.float32}, {"layout": "contiguous"}, {"c": 48}, {"c": 16}, {"k": 36},
+        {"k": 24}, {"groups": 2}, {"kernel": (20, 20), "padding": (10, 10, 10, 10)},
+    ):  # fmt: skip
+        assert workspace(BASE.but(**change)) == 0, change
+    for name in ("x", "y", "residual"):
+        assert workspace(BASE, **{name: 8}) == 0, name
+    with pytest.raises(ValueError, match="invalid argument"):
+        problem = build(BASE.but(c=48))
+        params = pattern_params(PatternProblem(problem, (problem.values,) * 5), problem.x)
+        emu.pattern_2_4_raw(params, torch.empty(0))
+
+
+def test_nothing_to_compute_launches_nothing(emu: Emulator) -> None:
+    before = emu.launches
+    assert emu.pattern_2_4(two_four(BASE.but(n=0))).numel() == 0
+    assert emu.launches == before
+
+
+def test_offsets_beyond_32_bits(emu: Emulator) -> None:
+    # 4.4 GB of addresses, of which the stride touches the corners only.
+    side, stride = 8_300, 8_299
+    x, corners = cases.huge_image(1, side, channels=32)
+    case = ONE.but(n=1, c=32, h=side, w=side, k=32, stride=(stride, stride), bias=False)
+    weight = torch.zeros(32, 32, 1, 1, dtype=HALF)
+    weight[torch.arange(32), (5 * torch.arange(32)) % 32] = 3
+    packed = PatternWeight.from_dense(weight, 1, "2:4")
+    problem = dataclasses.replace(build(BASE), case=case, x=x, weight=weight, bias=None)
+    y = emu.pattern_2_4(PatternProblem(problem, tuple(getattr(packed, name) for name in NAMES)))
+    assert torch.equal(y, 3 * corners[:, (5 * torch.arange(32)) % 32])
+
+
+GEMM, PACK, SUM = (f"pattern_conv2d_2_4{part}.cu" for part in ("", "_pack", "_sum"))
+FAULTS = {
+    "no barrier behind the copies": (
+        GEMM, ("      __syncthreads();\n      copy_next();", "      copy_next();")
+    ),
+    "a wait too short": (GEMM, ("copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>")),
+    "no barrier before the turn": (
+        GEMM, ("    __syncthreads();  // the stages become", "    // the stages become")
+    ),
+    "a column of the halo": (
+        GEMM, ("width = static_cast<uint32_t>(s.w);", "width = static_cast<uint32_t>(s.w - 1);")
+    ),
+    "pieces not permuted": (GEMM, ("(kSlice_ * 4 + lane / 8) ^ (lane % 8)", "(kSlice_ * 4 + lane / 8)")),
+    "a step less": (GEMM, ("step < end; ++step", "step < end - 1; ++step")),
+    "the second slice of the first": (GEMM, ("(m * 2 + kSlice_)", "(m * 2)")),
+    "rows of a group not told apart": (PACK, ("before + row - top", "before")),
+    "no barrier before the quads": (
+        PACK, ("      __syncthreads();\n      // A thread closes", "      // A thread closes")
+    ),
+    "places of a quad": (PACK, ("0x444E4DCE498E4944ull", "0x444E4DCE499E4944ull")),
+    "upper rows": (PACK, ("+ upper +", "+ 0 * upper +")),
+    "a part left out": (SUM, ("part < parts; ++part", "part < parts - 1; ++part")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
+    name, edit = FAULTS[fault]
+    library = emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits={name: edit})
+    emu = Emulator(library)
+    with pytest.raises(AssertionError):
+        for case in (ONE, BASE, SPLIT):
+            check(emu, case, share=2)
