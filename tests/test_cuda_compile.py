@@ -29,6 +29,7 @@ BUDGETS = {
     r"csr_conv2d_grad_values_kernelI": 128,
     # Blocks of 256 threads, two of them to an SM at least.
     r"depthwise_conv2d_(planes|channels|direct)I": 128,
+    r"pointwise_conv2d_tiledI": 128,
 }
 
 
