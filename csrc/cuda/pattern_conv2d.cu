@@ -355,6 +355,10 @@ cudaError_t launch(const PatternConv2dParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (s.filters_per_group() < kFewFilters || s.columns() == 0)
     return launch_direct<T>(params, stream);
+  // From 6 filters on that share a column the tensor cores win, of whose 8 the others idle.
+  if (sizeof(T) == 2 && s.k >= 6 * params.filter_groups &&
+      pattern_conv2d_on_tensor_cores(params, limits, stream, &error))
+    return error;
   const int64_t enough = 2 * static_cast<int64_t>(limits.sm_count);
   const bool shared = s.k >= 2 * params.filter_groups;  // columns, by two filters on average
   // The default budget keeps two to four blocks on an SM; more only where one channel needs it.

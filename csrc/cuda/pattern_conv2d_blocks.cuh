@@ -6,6 +6,11 @@
 
 namespace sparsecnn::cuda {
 
+// Half types only. Launches the kernel of pattern_conv2d_mma.cu, or says that its input tile does
+// not fit into shared memory.
+bool pattern_conv2d_on_tensor_cores(const PatternConv2dParams& params, const DeviceLimits& limits,
+                                    cudaStream_t stream, cudaError_t* error);
+
 // Up to kRows packed rows of one filter group.
 struct alignas(16) FilterSlot {
   int64_t values;              // index of the value of its first row and the group's first column

@@ -34,6 +34,8 @@ struct PatternPlan {
   int32_t dil_row, dil_w;              // places per filter row, staged columns per filter column
   int32_t chunk;                       // channels staged at a time
   int32_t channel_pitch, pixel_pitch;  // elements of the tile from one channel or pixel to the next
+  int32_t input_vectors, value_vectors;  // 16 bytes: of eight channels, of eight filters
+  int32_t list;                          // columns that a list of a chunk has room for
   int32_t table_at, pixels_at, tile_at, tile_bytes, smem_bytes;  // in shared memory, bytes
 };
 
