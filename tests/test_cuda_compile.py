@@ -35,6 +35,10 @@ BUDGETS = {
     # Blocks of 256 threads, two of them to an SM at least.
     r"depthwise_conv2d_(planes|channels|direct)I": 128,
     r"pointwise_conv2d_tiledI": 128,
+    # Of the sums, 64 x 64 a warp, 128 lie in registers: 256 threads to an SM. Of the small tile 32.
+    r"pattern_conv2d_2_4_gemmI.*(4WideE|6MiddleE)": 255,
+    r"pattern_conv2d_2_4_gemmI.*5SmallE": 128,
+    r"pattern_conv2d_2_4_(pack|sum)": 64,
 }
 
 

@@ -1,35 +1,33 @@
 // pattern_conv2d of a 2:4 weight on sparse tensor cores (mma.sp, sm_80 and later), float16 and
-// bfloat16, NHWC: at most two of four consecutive channels of a tap are kept.
+// bfloat16, NHWC: of four consecutive channels of a tap at most two are kept.
 //
-//   y[n, p, q, k] = act(sum over r, s, c of x[n, p*sh + r*dh - pt, q*sw + s*dw - pl, c] * W[k, c,
-//   r, s]
-//                       + bias[k] + residual[n, p, q, k])
+//   y[n, p, q, k] = act(sum over r, s, c of x[n, p*sh + r*dh - pt, q*sw + s*dw - pl, c]
+//                       * W[k, c, r, s] + bias[k] + residual[n, p, q, k])
 //
 // as an implicit GEMM: D (filters x pixels) = A (filters x taps * C, half of it stored) * B (taps *
-// C x pixels), products exact, sums in float32 by the tensor core.
+// C x pixels); products are exact, sums float32. pattern_conv2d_2_4_pack.cu has packed A into what
+// is copied here (layout: pattern_2_4_plan.h).
 //
-// pattern_conv2d_2_4_pack.cu has packed A into what this kernel copies (layout:
-// pattern_2_4_plan.h).
-//
-// A block owns a tile of filters and pixels and walks over the steps (64 channels of one
-// tap) with three stages of shared memory filled by cp.async. A lies there as it was packed: lane
-// by lane, read with one 16-byte load per 16 filters and slice and no conflict. B is the 128 bytes
+// A block owns a tile of filters and pixels and walks over the steps, 64 channels of one tap, with
+// three stages of shared memory filled by cp.async. A lies there as it was packed, lane by lane:
+// one 16-byte load per 16 filters and slice of 32 channels, without conflicts. B is the 128 bytes
 // of each pixel, its eight pieces permuted by the pixel (piece ^ pixel % 8), so that neither copies
-// nor ldmatrix conflict; pixels outside the image and behind the last are zeros that are not read.
-// Taps are the inner loop: successive steps read the same lines, shifted, and find them in L1.
-// A warp owns 64 filters x 64 pixels (32 x 32 in the small tile) in 128 (32) accumulators.
+// nor ldmatrix conflict; pixels outside the image and behind the last are zeros and not read. Taps
+// are the inner loop: successive steps read the same lines, shifted, and find them in L1. A warp
+// owns 64 filters x 64 pixels (32 x 32 in the small tile) in 128 (32) accumulators. Where tiles are
+// fewer than SMs, their steps are split into parts, which pattern_conv2d_2_4_sum.cu adds up in
+// order: results are the same in every call.
 //
-// Bounds (derived), per SM and slice of 32 channels, 128 bytes of shared memory a cycle. A warp of
-// 64 x 64 reads 64 * 36 bytes of A, 64 * 64 of B for 32 mma.sp; the tile of 256 x 128 writes 17 KB
-// and reads 51 KB, 536 cycles, the tile of 128 x 128 300 cycles.
-//   A100: mma.sp takes 2 cycles, the wide tile 512 of them: 1.9x its dense mma.sync at best.
-//   H200: 2.1 MFLOP of the dense layer in 536 cycles is 0.9 PFLOP/s on 132 SMs of 1.75 GHz, 1.1x
-//   the 0.79 measured of dense wgmma, 1.8x the 0.5 or so of dense mma.sync. Copies from L2 (A
-//   always, B when a chunk begins) take 9.2 + 8.2 / taps KB of each slice, 17 or 33 % of that time
-//   at 3x3 or 1x1 and 64 bytes a cycle; two thirds of the bound make the 1.3 to 1.5x of kernels
-//   that share an L2 and a power budget. Only wgmma.sp, which reads B once for 64 filters, would
-//   lift it.
-// Per call the packing is added, so small maps lose: no time is saved below some 5 us of products.
+// Bounds (derived). What limits it is shared memory, 128 bytes a cycle: for 32 channels a warp
+// reads 64 * 36 bytes of A and 64 * 64 of B for its 32 mma.sp. The tile of 256 x 128 reads 51 KB
+// and writes 17, 536 cycles for 2.1 MFLOP of the dense layer; that of 128 x 128 takes 300 for half.
+//   A100: mma.sp needs 512 cycles, the dense mma.sync 1024: 1.9x at best, of which a kernel that
+//   gets to three quarters of its bound, as good dense ones do, keeps 1.4x.
+//   H200: 0.9 PFLOP/s on 132 SMs at 1.75 GHz. Against the 0.79 measured of dense wgmma, which reads
+//   B once for 64 filters and not once a warp, that is 1.15x at best, more only against what stays
+//   below that rate. L2 has to deliver 9.2 + 8.2 / taps KB in that time: at some 25 bytes a cycle
+//   and SM it limits 1x1 layers to 0.7 PFLOP/s. wgmma.sp would lift both.
+// Packing and its launch come on top in every call, see pattern_conv2d_2_4_pack.cu.
 //
 // Paper: Mishra et al., "Accelerating Sparse Deep Neural Networks" (2021).
 #include "cuda/entry.h"

@@ -179,7 +179,7 @@ def find_pattern(keep: Tensor, shape: Shape, groups: int) -> Found:
 
 
 def ratio_of(name: str) -> tuple[int, int] | None:
-    """n and m of a pattern ``n:m``."""
+    """N and m of a pattern ``n:m``."""
     found = _RATIO.fullmatch(name)
     return None if found is None else (int(found[1]), int(found[2]))
 

@@ -97,9 +97,10 @@ def pattern_conv2d(
     channels that no filter reads are multiplied with nothing. A weight called again on the CPU is
     kept in kernel order: 4 bytes per value and per column, 512 MiB in all. CUDA reads the arrays as
     they are and trusts them: the host does not wait for what lies in them. There a weight of the
-    pattern ``2:4`` goes to sparse tensor cores if x is float16 or bfloat16 in channels_last, G is 1,
-    C a multiple of 32 and K of 8 from 32 on; it is packed in every call, and a filter that breaks
-    the pattern of its name has outputs of NaN.
+    pattern ``2:4`` goes to sparse tensor cores if x is float16 or bfloat16 in channels_last, G is
+    1, C a multiple of 32 and K one of 8, 32 or more; it is packed in every call. A filter that
+    breaks the pattern of its name has outputs of NaN there, and where one keeps fewer than two of
+    four channels, an infinity or NaN in another of them may reach it, as in the dense convolution.
 
     Gradients: exact, not fast. Those for ``x`` and the values are the framework's dense ones, at
     the cost of the dense layer; double backward works.

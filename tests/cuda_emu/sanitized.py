@@ -10,6 +10,7 @@ import torch
 from tests.cases import build
 from tests.cuda_emu import cases
 from tests.cuda_emu.emulator import Emulator
+from tests.ops import two_four
 
 
 def main() -> None:
@@ -32,6 +33,10 @@ def main() -> None:
             problem = build(case.but(layout=layout, dtype=dtype))
             problem.check(run(problem))
             count += 1
+    for case in two_four.GEOMETRIES:
+        packed = two_four.two_four(case, share=3)
+        packed.problem.check(emu.pattern_2_4(packed))
+        count += 1
     print(f"{count} cases passed")
 
 

@@ -171,7 +171,7 @@ def test_state_dict_with_another_pattern_and_number_of_values() -> None:
 
 
 def two_of_four() -> nn.Conv2d:
-    """A dense convolution that keeps two of four channels of each tap, other ones in each filter."""
+    """A dense convolution that keeps two of four channels of each tap, each filter its own."""
     layer = nn.Conv2d(8, 6, 3)
     order = torch.rand(6, 2, 4, 3, 3, generator=torch.Generator().manual_seed(4)).argsort(2)
     with torch.no_grad():
