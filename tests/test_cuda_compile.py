@@ -39,6 +39,13 @@ BUDGETS = {
     r"pattern_conv2d_2_4_gemmI.*(4WideE|6MiddleE)": 255,
     r"pattern_conv2d_2_4_gemmI.*5SmallE": 128,
     r"pattern_conv2d_2_4_(pack|sum)": 64,
+    # 512, 768 or 1024 threads to an SM by the sums of a thread; on tensor cores 256 or 384.
+    r"pattern_conv2d_tiledI.*Li8ELi8ELi1ELi8E": 128,
+    r"pattern_conv2d_tiledI.*(Li4ELi4ELi1ELi8E|Li1ELi4ELi1ELi4E|Li4ELi1ELi4ELi8E)": 80,
+    r"pattern_conv2d_tiledI.*Li1ELi1ELi1ELi8E": 64,
+    r"pattern_conv2d_directI": 128,
+    r"pattern_conv2d_mmaI.*MmaShapeILi4E": 255,
+    r"pattern_conv2d_mmaI.*MmaShapeILi[12]E": 168,
 }
 
 

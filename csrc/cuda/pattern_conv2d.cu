@@ -72,12 +72,13 @@ __device__ __forceinline__ void stage_chunk(const T* __restrict__ x, const Stage
   }
 }
 
-// Shared memory: slots, filters of the rows, scan, the warps' batches of columns; by the plan the
-// offsets of columns, staged pixels and two tiles.
+// Shared memory: the item, slots, filters of the rows, scan, the warps' batches of columns; by the
+// plan the offsets of columns, staged pixels and two tiles.
 template <int kRows, int kSlots, int kWarps>
 struct TiledShape {
   static constexpr int slots = kSlots * kWarps, rows = slots * kRows, threads = 32 * kWarps;
-  static constexpr int out_at = slots * static_cast<int>(sizeof(FilterSlot));
+  static constexpr int slots_at = sizeof(SharedItem);
+  static constexpr int out_at = slots_at + slots * static_cast<int>(sizeof(FilterSlot));
   static constexpr int scan_at = out_at + (4 * rows + 15) / 16 * 16;
   static constexpr int batch_at = scan_at + 16 * kWarps;
   static constexpr int batch_floats = 32 * kRows + 32;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
   constexpr int kThreads = Shape::threads, kColumns = 32 / kRows;  // columns of 32 values
   DYN_SMEM(char, smem);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
   float* batch = reinterpret_cast<float*>(smem + Shape::batch_at) + warp * Shape::batch_floats;
@@ -113,10 +114,10 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
     table[i] =
         static_cast<int>(sizeof(float)) * (c * t.channel_pitch + tap_places(t, i - c * t.taps));
   }
-  int start[kPixels];
-#pragma unroll
-  for (int i = 0; i < kPixels; ++i)
-    start[i] = static_cast<int>(sizeof(float)) * place_of(t, i * 32 + lane);
+  // First input of this lane's first output in the tile, and from there to that of its next: equal
+  // steps, as a tile is at most 32 outputs wide or one row.
+  const int start = static_cast<int>(sizeof(float)) * place_of(t, lane);
+  const int stride = static_cast<int>(sizeof(float)) * place_of(t, 32 + lane) - start;
 
   for (int64_t work = blockIdx.x; work < t.work; work += gridDim.x) {
     const PatternItem item = pattern_item(t, work, kPixels * 32);
@@ -125,6 +126,8 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
                                               item.slab * Shape::slots, slots, out, scan);
     if (slots[0].rows == 0) continue;  // fewer slots than the host had to expect
     locate_pixels<kThreads>(t, item, pixels);
+    SharedItem* const kept = reinterpret_cast<SharedItem*>(smem);
+    if (threadIdx.x == 0) kept->item = item;
 
     // Of each slot the next column of this lane, and of 32 / kRows columns each the value of row
     // lane % kRows; kNoColumn behind the last.
@@ -186,13 +189,13 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
           if (count > 0) fetch(j);
 #pragma unroll(kPixels* kRows > 32 ? 2 : 4)
           for (int e = 0; e < count; ++e) {
-            const char* from = tile + offsets[e];
+            const char* from = tile + offsets[e] + start;
             float w[kRows];
 #pragma unroll
             for (int r = 0; r < kRows; ++r) w[r] = batch[e * kRows + r];
 #pragma unroll
             for (int i = 0; i < kPixels; ++i) {
-              const float in = *reinterpret_cast<const float*>(from + start[i]);
+              const float in = *reinterpret_cast<const float*>(from + i * stride);
 #pragma unroll
               for (int r = 0; r < kRows; ++r) sum[j][r][i] = fmaf(w[r], in, sum[j][r][i]);
             }
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
       for (int o = threadIdx.x; o < Shape::rows * 32; o += kThreads) {
         const int row = t.channels_last ? o % Shape::rows : o / 32;
         const int pixel = t.channels_last ? o / Shape::rows : o % 32;
-        const int64_t at = output_at(t, item, i * 32 + pixel);
+        const int64_t at = output_at(t, kept->item, i * 32 + pixel);
         const int64_t k = out[row];
         if (at >= 0 && k >= 0) store_output<T>(prm, tiles[row * 33 + pixel], k, at + k * t.y_k);
       }
@@ -236,7 +239,7 @@ __global__ void __launch_bounds__(kDirectWarps * 32)
                           const TensorStrides ys, int64_t work) {
   DYN_SMEM(char, smem);
   using Shape = TiledShape<1, 1, kDirectWarps>;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
   const ConvShape& s = prm.shape;
@@ -316,6 +319,7 @@ bool launch_tiled(const PatternConv2dParams& params, int64_t budget, int64_t eno
   const auto fit = [&](PatternPlan* t) {
     // Odd, so that lanes along the channels (channels last) meet no bank conflict either.
     t->channel_pitch = t->places | 1;
+    if (t->tile_q_log2 > 5 && 1 << t->tile_q_log2 != kBlock.pixels) return false;
     const int64_t fixed = Shape::table_at + 16 + int64_t{16} * t->area;
     const int64_t channel = 2 * 4 * t->channel_pitch + 4 * int64_t{t->taps};
     if (fixed + channel > budget) return false;

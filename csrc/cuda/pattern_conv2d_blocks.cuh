@@ -31,6 +31,11 @@ struct PatternItem {
   int64_t n, group, p0, q0, slab;
 };
 
+// It waits in shared memory for the outputs: registers are for their sums.
+struct alignas(16) SharedItem {
+  PatternItem item;
+};
+
 __device__ __forceinline__ PatternItem pattern_item(const PatternPlan& t, int64_t work,
                                                     int tile_pixels) {
   PatternItem item;

@@ -49,9 +49,10 @@ struct MmaShape {
   static constexpr int round = kOctets > 2 ? 64 : 128;  // columns whose values lie in one buffer
   static constexpr int value_pitch = 8 * kOctets + 8;   // odd in units of 16 bytes
   static constexpr int value_elements = round * value_pitch;
-  // Shared memory: slots, filters of the rows, scan, cursors, list headers, values; by the plan
-  // lists, inverse maps, staged pixels, tiles.
-  static constexpr int out_at = slots * static_cast<int>(sizeof(FilterSlot));
+  // Shared memory: the item, slots, filters of the rows, scan, cursors, list headers, values; by
+  // the plan lists, inverse maps, staged pixels, tiles.
+  static constexpr int slots_at = sizeof(SharedItem);
+  static constexpr int out_at = slots_at + slots * static_cast<int>(sizeof(FilterSlot));
   static constexpr int scan_at = out_at + 4 * rows;
   static constexpr int cursor_at = scan_at + 16 * (threads / 32);
   static constexpr int header_at = cursor_at + 4 * slots;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
   const int team = threadIdx.x / Shape::team_threads;
   const int team_thread = threadIdx.x % Shape::team_threads, team_warp = team_thread / kWarpLanes;
   const int span = team_warp % Shape::kSpan, split = team_warp / Shape::kSpan;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
   int32_t* cursor = reinterpret_cast<int32_t*>(smem + Shape::cursor_at);
@@ -145,6 +146,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
                                                item.slab * Shape::slots, slots, out, scan);
     if (slots[0].rows == 0) continue;  // fewer octets than the host had to expect
     locate_pixels<kThreads>(t, item, pixels);
+    SharedItem* const kept = reinterpret_cast<SharedItem*>(smem);
+    if (threadIdx.x == 0) kept->item = item;
     for (int i = threadIdx.x; i < Shape::slots; i += kThreads) cursor[i] = slots[i].column;
     int pieces = 1;  // most of a team
     for (int i = 0, own = 0; i < Shape::slots; ++i) {
@@ -324,7 +327,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
       for (int e = threadIdx.x; e < Shape::rows * 16 * Shape::kSpan; e += kThreads) {
         const int row = t.channels_last ? e % Shape::rows : e / (16 * Shape::kSpan);
         const int pixel = t.channels_last ? e / Shape::rows : e % (16 * Shape::kSpan);
-        const int64_t at = output_at(t, item, (pixel / 16 * kM + i) * 16 + pixel % 16);
+        const int64_t at = output_at(t, kept->item, (pixel / 16 * kM + i) * 16 + pixel % 16);
         const int64_t k = out[row];
         if (at >= 0 && k >= 0) store_output<T>(prm, sums[row * pitch + pixel], k, at + k * t.y_k);
       }

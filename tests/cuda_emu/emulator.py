@@ -112,30 +112,31 @@ def build(
     output: Path,
     *,
     flags: tuple[str, ...] = OPTIMIZED,
-    edits: Mapping[str, tuple[str, str]] | None = None,
+    edits: Mapping[str, tuple[str, str] | list[tuple[str, str]]] | None = None,
 ) -> Path:
     """Compile harness and kernels into one shared library.
 
     Args:
         output: path of the library; its folder takes edited copies of the sources.
         flags: optimization and sanitizers.
-        edits: {file name: (text, replacement)}; the text must occur exactly once. Only a copy is
-            edited: this is how the tests plant faults.
+        edits: {file name: (text, replacement), or several}; the text must occur exactly once. Only
+            a copy is edited: this is how the tests plant faults.
 
     Returns:
         `output`.
     """
     edits = edits or {}
     folder = output.parent / (output.stem + "_src")
-    for name, (text, replacement) in edits.items():
+    for name, pairs in edits.items():
         source = (CSRC / "cuda" / name).read_text()
-        assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+        for text, replacement in pairs if isinstance(pairs, list) else [pairs]:
+            assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+            source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
-        (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    header_edited = any(not name.endswith(".cu") for name in edits)
+        (folder / "cuda" / name).write_text(source)
     objects = []
     for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or header_edited:
+        if path.name in edits or _includes(path, edits):
             copy = folder / "cuda" / path.name
             source_path = copy if copy.exists() else path
             compiled = output.parent / f"{path.stem}.o"
@@ -144,6 +145,12 @@ def build(
             objects.append(_sound_object(path, flags))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
+
+
+def _includes(source: Path, names: Mapping[str, object]) -> bool:
+    """Whether a source includes one of the product's CUDA headers, directly or not."""
+    headers = re.findall(r'#include "cuda/([^"]+)"', source.read_text())
+    return any(h in names or _includes(CSRC / "cuda" / h, names) for h in headers)
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:

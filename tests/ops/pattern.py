@@ -30,7 +30,7 @@ class PatternProblem:
 
     Attributes:
         problem: input, bias, residual, the dense weight and what checks the result.
-        arrays: the five arrays of the weight.
+        arrays: the five arrays of the weight, on the device of the input.
         pattern: its name.
     """
 
@@ -89,12 +89,13 @@ def pack(problem: Problem, cut: int | str = "all", permuted: bool = False) -> Pa
         problem, weight=weight.reshape(problem.weight.shape), row_ptr=row_ptr
     )
     indices = (torch.cat(columns), order, torch.tensor(group_rows), torch.tensor(group_columns))
-    return PatternProblem(whole, (torch.cat(values), *(t.to(torch.int32) for t in indices)))
+    arrays = (torch.cat(values), *(t.to(torch.int32) for t in indices))
+    return PatternProblem(whole, tuple(t.to(problem.x.device) for t in arrays))
 
 
-def make(case: ConvCase, number: int = 0) -> PatternProblem:
+def make(case: ConvCase, number: int = 0, device: str = "cpu") -> PatternProblem:
     """The problem of a case, cut in one of the ways of `CUTS`."""
-    return pack(build(case), *CUTS[number % len(CUTS)])
+    return pack(build(case, device), *CUTS[number % len(CUTS)])
 
 
 def op_args(p: PatternProblem) -> tuple[Any, ...]:
@@ -130,7 +131,8 @@ def stain_scratch() -> None:
 
 def run_op(p: PatternProblem) -> Tensor:
     """The registered operator, its allocations and its scratch memory filled with NaN first."""
-    stain_scratch()
+    if p.problem.x.is_cpu:
+        stain_scratch()
     with nan_filled_allocations():
         y: Tensor = torch.ops.sparsecnn.pattern_conv2d.default(*op_args(p))
     return y
