@@ -10,6 +10,7 @@ import torch
 from tests.cases import build
 from tests.cuda_emu import cases
 from tests.cuda_emu.emulator import Emulator
+from tests.ops.pattern import CUTS, pack
 
 
 def main() -> None:
@@ -29,6 +30,13 @@ def main() -> None:
             problem = build(case.but(layout=layout))
             problem.check(emu.depthwise(problem))
             count += 1
+    for index, case in enumerate((*cases.ALL[::2], *cases.TENSOR_CORES)):
+        emu.set_device(1 if index % 3 else 100_000)
+        layout = "channels_last" if index % 2 else "contiguous"
+        dtype = (torch.float32, torch.float16, torch.bfloat16)[index % 3]
+        packed = pack(build(case.but(layout=layout, dtype=dtype)), *CUTS[index % len(CUTS)])
+        packed.problem.check(emu.pattern(packed))
+        count += 1
     print(f"{count} cases passed")
 
 
