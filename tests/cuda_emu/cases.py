@@ -115,6 +115,16 @@ def _pointwise() -> list[ConvCase]:
 
 DEPTHWISE = _depthwise()
 POINTWISE = _pointwise()
+# Of pattern_conv2d on tensor cores: every block shape, filter groups that share a team and that
+# fill several, chunks in which all columns of eight channels are kept, some or none.
+TENSOR_CORES = [
+    BASE.but(n=1, c=24, k=72, pattern="full"),
+    BASE.but(n=1, c=40, k=150, h=5, density=0.1),
+    BASE.but(n=1, c=150, k=24, h=7, w=7, kernel=(1, 1), padding=(0, 0, 0, 0), density=0.05),
+    BASE.but(c=48, k=36, groups=2, h=5, density=0.02, stride=(2, 2), residual=True),
+    BASE.but(n=1, c=20, k=24, kernel=(5, 5), padding=(2, 2, 2, 2), density=0.02),
+    BASE.but(n=1, c=17, k=21, kernel=(1, 7), padding=(0, 0, 3, 3), dilation=(1, 2), w=25),
+]
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,
