@@ -34,6 +34,7 @@ def main() -> None:
             problem = build(case.but(layout=layout, dtype=dtype))
             problem.check(run(problem))
             count += 1
+    emu.set_device()
     for case in two_four.GEOMETRIES:
         packed = two_four.two_four(case, share=3)
         packed.problem.check(emu.pattern_2_4(packed))
