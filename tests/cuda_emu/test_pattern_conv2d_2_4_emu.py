@@ -171,34 +171,59 @@ def test_offsets_beyond_32_bits(emu: Emulator) -> None:
 
 
 GEMM, PACK, SUM = (f"pattern_conv2d_2_4{part}.cu" for part in ("", "_pack", "_sum"))
+# File, a case that shows it, text and what stands there instead; FAULT asks for it.
 FAULTS = {
     "no barrier behind the copies": (
-        GEMM, ONE, "      __syncthreads();\n      copy_next();", "      copy_next();"
+        GEMM, ONE, "      __syncthreads();\n      copy_next();",
+        "      if (!FAULT) __syncthreads();\n      copy_next();",
     ),
-    "a wait too short": (GEMM, ONE, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>"),
+    "a wait too short": (
+        GEMM, ONE, "copy_async_wait<kStages - 2>();",
+        "FAULT ? copy_async_wait<kStages - 1>() : copy_async_wait<kStages - 2>();",
+    ),
     "no barrier before the turn": (
-        GEMM, ONE, "    __syncthreads();  // the stages become", "    // the stages become"
+        GEMM, ONE, "    __syncthreads();  // the stages", "    if (!FAULT) __syncthreads();  // the"
     ),
-    "a column of the halo": (
-        GEMM, BASE, "width = static_cast<uint32_t>(s.w);", "width = static_cast<uint32_t>(s.w - 1);"
+    "a column of the halo": (GEMM, BASE, "<uint32_t>(s.w);", "<uint32_t>(s.w - FAULT);"),
+    "pieces not permuted": (
+        GEMM, ONE, "lane / 8) ^ (lane % 8)) * 16", "lane / 8) ^ (FAULT ? 0 : lane % 8)) * 16"
     ),
-    "pieces not permuted": (GEMM, ONE, "lane / 8) ^ (lane % 8)) * 16", "lane / 8)) * 16"),
-    "a step less": (GEMM, BASE, "step < end; ++step", "step < end - 1; ++step"),
-    "the first slice twice": (GEMM, ONE, "(m * 2 + kSlice_)", "(m * 2)"),
-    "rows of a group not told apart": (PACK, ONE, "before + row - top", "before"),
+    "a step less": (GEMM, BASE, "step < end; ++step", "step < end - FAULT; ++step"),
+    "the first slice twice": (GEMM, ONE, "m * 2 + kSlice_", "m * 2 + (FAULT ? 0 : kSlice_)"),
+    "rows of a group not told apart": (
+        PACK, ONE, "before + row - top", "before + (FAULT ? 0 : row - top)"
+    ),
     "no barrier before the quads": (
-        PACK, ONE, "      __syncthreads();\n      // A thread closes", "      // A thread closes"
+        PACK, ONE, "      __syncthreads();\n      // A thread closes",
+        "      if (!FAULT) __syncthreads();\n      // A thread closes",
     ),
-    "places of a quad": (PACK, ONE, "0x444E4DCE498E4944ull", "0x444E4DCE499E4944ull"),
-    "a part left out": (SUM, SPLIT, "part < parts; ++part", "part < parts - 1; ++part"),
+    "places of a quad": (PACK, ONE, "(kPlaces >>", "((kPlaces + (FAULT ? 0x100000 : 0)) >>"),
+    "a part left out": (SUM, SPLIT, "part < parts; ++part", "part < parts - FAULT; ++part"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
-    name, case, *edit = FAULTS[fault]
-    edits = {name: (edit[0], edit[1])}
-    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One library with every fault; PLANTED picks one."""
+    edits: dict[str, list[tuple[str, str]]] = {}
+    for number, (name, _, text, instead) in enumerate(FAULTS.values()):
+        asked = f'(atoi(getenv("PLANTED")) == {number})'
+        edits.setdefault(name, []).append((text, instead.replace("FAULT", asked)))
+    folder = tmp_path_factory.mktemp("faulty")
+    return emulator.build(folder / "faulty.so", flags=emulator.QUICK, edits=edits)
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=list(FAULTS))
+def test_planted_faults_are_found(
+    number: int, faulty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED", str(number))
     # A wrong result, or metadata that the stand-in for mma.sp refuses.
     with pytest.raises((AssertionError, RuntimeError)):
-        check(emu, case, share=2)
+        check(Emulator(faulty), list(FAULTS.values())[number][1], share=2)
+
+
+def test_nothing_is_found_without_a_fault(faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANTED", "-1")
+    for case in (ONE, BASE, SPLIT):
+        check(Emulator(faulty), case, share=2)
