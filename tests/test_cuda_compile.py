@@ -25,16 +25,26 @@ from tests.cuda_resources import (
 )
 
 # Most registers a thread may take, by kernel: 65536 over the threads that are meant to share an
-# SM. The tiled convolution has blocks of 256 threads, two, three or four of them by its sums.
+# SM. The tiled convolution has two blocks, of 256 threads the largest and of 512 the others.
 BUDGETS = {
-    r"csr_conv2d_tiledI.*Li8ELi4ELi8E": 128,
-    r"csr_conv2d_tiledI.*Li4ELi2ELi8E": 80,
-    r"csr_conv2d_tiledI.*Li2ELi1ELi8E": 64,
+    r"csr_conv2d_tiledI.*Li2ELi32ELi4ELi8E": 128,
+    r"csr_conv2d_tiledI.*Li1ELi(32|16)ELi2ELi16E": 64,
     r"csr_conv2d_directI": 128,
     r"csr_conv2d_grad_values_kernelI": 128,
     # Blocks of 256 threads, two of them to an SM at least.
     r"depthwise_conv2d_(planes|channels|direct)I": 128,
     r"pointwise_conv2d_tiledI": 128,
+    # Of the sums, 64 x 64 a warp, 128 lie in registers: 256 threads to an SM. Of the small tile 32.
+    r"pattern_conv2d_2_4_gemmI.*(4WideE|6MiddleE)": 255,
+    r"pattern_conv2d_2_4_gemmI.*5SmallE": 128,
+    r"pattern_conv2d_2_4_(pack|sum)": 64,
+    # 512, 768 or 1024 threads to an SM by the sums of a thread; on tensor cores 256 or 384.
+    r"pattern_conv2d_tiledI.*Li8ELi8ELi1ELi8E": 128,
+    r"pattern_conv2d_tiledI.*(Li4ELi4ELi1ELi8E|Li1ELi4ELi1ELi4E|Li4ELi1ELi4ELi8E)": 80,
+    r"pattern_conv2d_tiledI.*Li1ELi1ELi1ELi8E": 64,
+    r"pattern_conv2d_directI": 128,
+    r"pattern_conv2d_mmaI.*MmaShapeILi4E": 255,
+    r"pattern_conv2d_mmaI.*MmaShapeILi[12]E": 168,
 }
 
 

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.cases import ConvCase, Problem, build
-from tests.ops import csr, depthwise
+from tests.ops import csr, depthwise, pattern
 from tests.ops.chain import pointwise_args
 
 CASE = ConvCase(n=2, c=8, h=13, w=11, k=8, residual=True, activation="relu", integers=True)
+
+
+@functools.cache
+def _pattern_arrays(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A weight in groups of three filters; kept, as packing waits for the device."""
+    return pattern.pack(build(CASE.but(density=0.3, dtype=dtype), str(device)), 3).arrays
+
+
+def _pattern_args(problem: Problem) -> tuple[Any, ...]:
+    arrays = _pattern_arrays(problem.x.device, problem.x.dtype)
+    return pattern.op_args(pattern.PatternProblem(problem, arrays))
+
+
 OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
     "csr_conv2d": (
         CASE.but(density=0.3),
@@ -22,6 +37,10 @@ OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
     "depthwise_conv2d": (
         depthwise.depthwise(CASE),
         lambda p: torch.ops.sparsecnn.depthwise_conv2d.default(*depthwise.op_args(p)),
+    ),
+    "pattern_conv2d": (
+        CASE.but(density=0.3),
+        lambda p: torch.ops.sparsecnn.pattern_conv2d.default(*_pattern_args(p)),
     ),
     "pointwise_conv2d": (
         CASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full"),
