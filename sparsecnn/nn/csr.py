@@ -88,7 +88,8 @@ class CSRConv2d(_CSRLayer, ConvDropIn):
         inner loop reads no weight and no index. Meant for float32 inference at large batches, up
         to 150 000 stored entries: each is 16 bytes of code and takes 0.3 to 0.9 ms to compile (one
         core of Zen 4), once: the code is kept in ``$XDG_CACHE_HOME/sparsecnn/cubin`` and may be
-        deleted there. The results are those of the portable kernel bit by bit.
+        deleted there. Sums are formed by ascending columns, one chain of multiply-adds each: the
+        same bits at every shape, batch and memory format.
 
         It serves calls in which nothing is recorded (``torch.no_grad`` or ``inference_mode``, no
         autocast, no tracing), CUDA graphs included, on inputs of the layer's dtype and device; all

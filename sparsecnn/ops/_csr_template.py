@@ -15,7 +15,8 @@ TEMPLATE = r"""// csr_conv2d for one weight matrix, whose values are operands of
 // of a pixel for all filters of the slab are in registers. Channels are staged in shared memory a
 // chunk at a time, as float, with the halo. The code of a chunk is a straight line: one load for
 // each column that the slab keeps, then one multiply-add with an immediate operand for each stored
-// entry, columns ascending: the sums are those of the portable kernel bit by bit.
+// entry, columns ascending: the sums are those of the portable kernel bit by bit, where that one
+// does not split them.
 //
 // The tile is a run of output rows, which may cross images, times a run of columns; its extents,
 // the pitch of a staged row and the pixel of each thread come from the host (see Args), so that one

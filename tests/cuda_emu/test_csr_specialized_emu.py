@@ -21,6 +21,7 @@ from tests.cases import ConvCase, Problem, build
 from tests.cuda_emu import cases, emulator, specialized
 from tests.cuda_emu.emulator import Emulator
 from tests.cuda_emu.specialized import Kernels, source_of
+from tests.cuda_emu.test_csr_conv2d_emu import problem_with_direct_kernel
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -100,13 +101,17 @@ def test_ends(kernels: Kernels, name: str, activation: str) -> None:
 def test_floats_have_the_bits_of_the_portable_kernel(emu: Emulator, tmp_path: Path) -> None:
     chosen = [WEIGHTS[name].but(integers=False) for name in ("chunks", "pointwise", "dilated")]
     ends = {"residual": True, "activation": "silu"}
-    problems = [build(case.but(**ends, layout=layout)) for case in chosen for layout in LAYOUTS]
-    sources = [source_of(problem) for problem in problems[::2]]
+    sources = [source_of(build(case)) for case in chosen]
     kernels = Kernels(specialized.build(tmp_path, sources), sources)
-    for i, problem in enumerate(problems):
-        y = kernels(i // 2, problem)
-        problem.check(y)
-        assert torch.equal(y, emu.forward(problem)), problem.case.id
+    for i, case in enumerate(chosen):
+        case = case.but(**ends)
+        want = emu.forward(problem_with_direct_kernel(case))  # which never splits a sum
+        assert "direct" in emu.kernel
+        for layout in LAYOUTS:
+            problem = build(case.but(layout=layout))
+            y = kernels(i, problem)
+            problem.check(y)
+            assert torch.equal(y, want), problem.case.id
 
 
 def test_blocks_loop(kernels: Kernels, thread_order: str) -> None:
