@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.cases import ConvCase, Problem, build
 from tests.ops import csr, depthwise, pattern
+from tests.ops.chain import pointwise_args
 
 CASE = ConvCase(n=2, c=8, h=13, w=11, k=8, residual=True, activation="relu", integers=True)
 
@@ -40,6 +41,10 @@ OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
     "pattern_conv2d": (
         CASE.but(density=0.3),
         lambda p: torch.ops.sparsecnn.pattern_conv2d.default(*_pattern_args(p)),
+    ),
+    "pointwise_conv2d": (
+        CASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full"),
+        lambda p: torch.ops.sparsecnn.pointwise_conv2d.default(*pointwise_args(p, p.weight)),
     ),
 }
 LAYOUTS = ("contiguous", "channels_last")
