@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -75,6 +76,17 @@ class DepthwiseParams(ConvParams):
     """Mirror of ``DepthwiseConv2dParams``."""
 
     _fields_ = [("weight", ctypes.c_void_p)]
+
+
+class WinogradParams(ConvParams):
+    """Mirror of ``WinogradConv2dParams``."""
+
+    _fields_ = [
+        ("tile", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+    ]
 
 
 class GradParams(ctypes.Structure):
@@ -185,12 +197,14 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         self.set_device()
 
     def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
@@ -293,6 +307,24 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def winograd_raw(self, params: WinogradParams) -> None:
+        """winograd_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_winograd_conv2d(ctypes.byref(params)))
+
+    def winograd(self, p: WinogradProblem) -> Tensor:
+        """winograd_conv2d; the output starts as NaN."""
+        y = _poisoned(p.problem)
+        self.winograd_raw(
+            WinogradParams(
+                **_common(p.problem, y),
+                tile=p.tile,
+                values=p.values.data_ptr(),
+                col_idx=_pointer(p.col_idx),
+                row_ptr=_pointer(p.row_ptr),
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:

@@ -119,6 +119,10 @@ int emu_depthwise_conv2d(const sparsecnn::DepthwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::depthwise_conv2d(*params, nullptr); });
 }
 
+int emu_winograd_conv2d(const sparsecnn::WinogradConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::winograd_conv2d(*params, nullptr); });
+}
+
 const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(error); }
 
 const char* emu_message() { return message.c_str(); }
@@ -135,6 +139,8 @@ const char* emu_kernel() { return emu::device().kernel.c_str(); }
 size_t emu_sizeof_params() { return sizeof(sparsecnn::CsrConv2dParams); }
 
 size_t emu_sizeof_depthwise_params() { return sizeof(sparsecnn::DepthwiseConv2dParams); }
+
+size_t emu_sizeof_winograd_params() { return sizeof(sparsecnn::WinogradConv2dParams); }
 
 // One barrier that half of the block never reaches: the emulator must refuse it.
 int emu_divergent_barrier() {
