@@ -70,6 +70,9 @@ def winograd_bound(
     tile: int,
     dtype: torch.dtype,
     activation: str = "none",
+    *,
+    chunks: int = 1,
+    tensor_cores: bool = False,
 ) -> Tensor:
     """Largest allowed |result - reference| of a convolution in the Winograd domain.
 
@@ -79,6 +82,11 @@ def winograd_bound(
     meets those of both transforms, one product and C/G - 1 sums (the first sum, to zero, rounds
     nothing), and one for each addend. The coefficients are numbers of few bits: exact.
 
+    Where the first pass of the output transform adds up several chunks of channels, its rows grow
+    by their nonzero coefficients for each: 3 of F(2), 5 of F(4). Tensor cores may cut where others
+    round, at most twice as far, and take the transformed input rounded to `dtype`, each term with
+    it; data whose transform is below the normal range of float16 is not what this is for.
+
     Args:
         magnitude: |A^T| [sum |U| . (|B^T| |x| |B|)] |A| with the magnitudes of the addends.
         reference: the exact result after the activation, same shape.
@@ -87,12 +95,19 @@ def winograd_bound(
         tile: m.
         dtype: of the data and the result; sums are float32 (float64 for float64).
         activation: fused activation.
+        chunks: of the channels, in the first pass of the output transform.
+        tensor_cores: whether they formed the products, from data of `dtype`.
 
     Returns:
         float64 tensor like `reference`. Zero where every term is zero.
     """
-    terms = channels + addends + _WINOGRAD_TRANSFORMS[tile]
-    return conv_bound(magnitude, reference, terms, dtype, activation)
+    terms = channels + addends + _WINOGRAD_TRANSFORMS[tile] + (chunks - 1) * (tile + 1)
+    if not tensor_cores:
+        return conv_bound(magnitude, reference, terms, dtype, activation)
+    # Behind the activation, and no larger in what is then rounded to `dtype`.
+    once = _LIPSCHITZ[activation] * unit_roundoff(dtype) * magnitude
+    bound = conv_bound(magnitude, reference, 2 * terms, dtype, activation)
+    return bound + (1 + 2 * unit_roundoff(dtype)) * once
 
 
 def stage_bound(

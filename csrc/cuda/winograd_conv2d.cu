@@ -50,10 +50,10 @@ struct DenseBlock {
   // The weight in shared memory is [tap][channel][filter], its rows a vector or two longer than the
   // filters, so that 8 lanes write their vectors into different banks.
   static constexpr int kWeightPitch = kFilters + 8;
-  static constexpr int kWeight = kTaps * kChunk * kWeightPitch;            // T
-  static constexpr int kInput = kTaps * kChunk * kTilePitch<kTiles>;       // floats
-  static constexpr int kRound = 8;                                         // filters that end together
-  static constexpr int kExchange = kTaps * kRound * kTilePitch<kTiles>;    // floats
+  static constexpr int kWeight = kTaps * kChunk * kWeightPitch;       // T
+  static constexpr int kInput = kTaps * kChunk * kTilePitch<kTiles>;  // floats
+  static constexpr int kRound = 8;                                    // filters that end together
+  static constexpr int kExchange = kTaps * kRound * kTilePitch<kTiles>;  // floats
   static constexpr int kPlaceBytes = kTiles * static_cast<int>(sizeof(TilePlace));
   static constexpr int kWorkBytes = kAhead * kInput * 4 + 2 * kWeight * static_cast<int>(sizeof(T));
   static constexpr int kBytes = kPlaceBytes + kWorkBytes;
@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(DenseBlock<T, M, kFilters, kTiles>::kThreads, 
         const int k = item.slab * kFilters + first + f;
         if (k < plan.filters)
           finish_tile<T, M>(prm, plan, places[t], item.group * plan.filters + k,
-                            input + f * kTilePitch<kTiles> + t, B::kRound * kTilePitch<kTiles>, 1.f);
+                            input + f * kTilePitch<kTiles> + t, B::kRound * kTilePitch<kTiles>,
+                            1.f);
       }
     }
   }

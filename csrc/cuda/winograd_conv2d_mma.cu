@@ -31,10 +31,10 @@ namespace {
 
 constexpr int kTaps = 16, kTiles = 32, kChunk = 16, kPairs = kChunk / 2;
 constexpr int kThreads = kTaps * kWarpLanes;
-constexpr int kInputPitch = kChunk + 8;                  // elements of T
-constexpr int kInput = kTaps * kTiles * kInputPitch;     // of a chunk
+constexpr int kInputPitch = kChunk + 8;               // elements of T
+constexpr int kInput = kTaps * kTiles * kInputPitch;  // of a chunk
 constexpr int kPlaceBytes = kTiles * static_cast<int>(sizeof(TilePlace));
-constexpr int kRound = 16;                               // filters that end together
+constexpr int kRound = 16;  // filters that end together
 
 template <typename T>
 inline constexpr float kShrink = 1.f;
@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int half = 0; half < 2; ++half) {
           const int f = lane / 4 + 8 * half, at = t * 8 + lane % 4 * 2;
           const Packed<float, 2> sums{{sum[s][t][2 * half], sum[s][t][2 * half + 1]}};
-          *reinterpret_cast<Packed<float, 2>*>(
-              exchange + (warp * kRound + f) * kTilePitch<kTiles> + at) = sums;
+          *reinterpret_cast<Packed<float, 2>*>(exchange + (warp * kRound + f) * kTilePitch<kTiles> +
+                                               at) = sums;
         }
       __syncthreads();
       static_assert(kRound * kTiles == kThreads);

@@ -42,8 +42,8 @@ struct alignas(8) Span {
 
 constexpr int32_t kNoColumn = 2147483647;
 
-// Column i of A^T: the powers of its point. By arithmetic, since a table in local or constant memory
-// would cost more.
+// Column i of A^T: the powers of its point. By arithmetic, since a table in local or constant
+// memory would cost more.
 template <int M>
 __device__ __forceinline__ void output_column(int i, float (&at)[M]) {
   const float near = M == 2 ? 1.f : kWinogradNear, far = kWinogradFar;
@@ -78,7 +78,7 @@ struct SparseBlock {
 };
 
 template <typename T, int M, int kRows, int kPer, int kWarps>
-__global__ void __launch_bounds__(kWarps * kWarpLanes, kWarps > 8 ? 1 : 2)
+__global__ void __launch_bounds__(kWarps* kWarpLanes, kWarps > 8 ? 1 : 2)
     winograd_conv2d_sparse(const WinogradConv2dParams prm, const WinogradPlan plan) {
   using B = SparseBlock<M, kRows, kPer, kWarps>;
   constexpr int kA = B::kA;
@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kWarps * kWarpLanes, kWarps > 8 ? 1 : 2)
           for (int r = 0; r < kRows; ++r)
 #pragma unroll
             for (int p = 0; p < kPer; ++p) m[r][p] = 0.f;
-          const char* from =
-              reinterpret_cast<const char*>(input + tap * tap_pitch + lane * kPer);
+          const char* from = reinterpret_cast<const char*>(input + tap * tap_pitch + lane * kPer);
           bool more;
           do {
             // Columns ascend, so the chunk's entries of a row are its first lanes. As unsigned,
@@ -181,8 +180,7 @@ __global__ void __launch_bounds__(kWarps * kWarpLanes, kWarps > 8 ? 1 : 2)
 #pragma unroll
             for (int a = 0; a < M; ++a)
 #pragma unroll
-              for (int p = 0; p < kPer; ++p)
-                z[r][a][j][p] = fmaf(at[a], m[r][p], z[r][a][j][p]);
+              for (int p = 0; p < kPer; ++p) z[r][a][j][p] = fmaf(at[a], m[r][p], z[r][a][j][p]);
         }
       }
       __syncthreads();  // before the next chunk, or the outputs, overwrite this one
@@ -202,8 +200,7 @@ __global__ void __launch_bounds__(kWarps * kWarpLanes, kWarps > 8 ? 1 : 2)
           winograd_output<M>(m, y);
           if (plan.nhwc) {
 #pragma unroll
-            for (int b = 0; b < M; ++b)
-              input[(b * B::kFilters + f) * B::kOutPitch + tile] = y[b];
+            for (int b = 0; b < M; ++b) input[(b * B::kFilters + f) * B::kOutPitch + tile] = y[b];
           } else if (filter < plan.filters) {
             const int k = item.group * plan.filters + filter;
             store_row<T, M>(prm, plan, places[tile], k, a, bias_of<T>(prm, k), y);

@@ -146,8 +146,7 @@ __device__ __forceinline__ void winograd_input_2d(float (&d)[M + 2][M + 2]) {
 // The pixels of a tile of 4 x 4 and one channel, which starts at x[at]; zeros outside the image.
 template <typename T>
 __device__ __forceinline__ void load_tile(const T* __restrict__ x, int64_t at,
-                                          const WinogradPlan& plan, uint32_t inside,
-                                          T (&d)[4][4]) {
+                                          const WinogradPlan& plan, uint32_t inside, T (&d)[4][4]) {
   const T zero = from_float<T>(0.f);
 #pragma unroll
   for (int r = 0; r < 4; ++r, at += plan.x.h) {
