@@ -10,6 +10,7 @@ import torch
 from tests.cases import build
 from tests.cuda_emu import cases
 from tests.cuda_emu.emulator import Emulator
+from tests.ops.winograd import KINDS, make
 
 
 def main() -> None:
@@ -29,6 +30,17 @@ def main() -> None:
             problem = build(case.but(layout=layout))
             problem.check(emu.depthwise(problem))
             count += 1
+    for number, case in enumerate(cases.WINOGRAD):
+        for turn, (tile, sparse) in enumerate(KINDS):
+            emu.set_device(1 if (number + turn) % 2 else 1000)
+            layout = "channels_last" if (number + turn // 2) % 2 else "contiguous"
+            p = make(case.but(layout=layout), tile, sparse)
+            p.check(emu.winograd(p), cuda=True)
+            count += 1
+        emu.set_device(1 if number % 2 else 1000)
+        p = make(case.but(dtype=torch.float16), 2)
+        p.check(emu.winograd(p), cuda=True)
+        count += 1
     print(f"{count} cases passed")
 
 
