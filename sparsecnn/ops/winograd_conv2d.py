@@ -98,9 +98,9 @@ def winograd_conv2d(
     m = 2. Bitwise the same at any thread count. A bfloat16 weight is rounded in the Winograd
     domain: errors up to 0.5 % of the largest output for m = 2 and 1 to 2 % for m = 4, where the
     direct convolution has 0.3 %. A NaN or infinity in x spreads over its tiles. On CUDA a sparse
-    weight adds ``(m + 1) * (ceil(C/G / 16) - 1)`` to n, and a dense one in 16 bits with m = 2, which
-    runs on tensor cores, has its transformed input rounded to the dtype: another ``eps / 2`` times
-    ``|A^T| [...] |A|``, and sums of 2 n * u where tensor cores cut instead of rounding.
+    weight adds ``(m + 1) * (ceil(C/G / 16) - 1)`` to n, and a dense one in 16 bits with m = 2,
+    which runs on tensor cores, has its transformed input rounded to the dtype: another ``eps / 2``
+    times ``|A^T| [...] |A|``, and 2 n for n where tensor cores cut instead of rounding.
 
     Cost: ``2 * stored * N * ceil(P / m) * ceil(Q / m)`` FLOPs and the transforms, about 10 cycles
     a tap, channel and 16 tiles, which narrow layers (C + K below about 64) do not earn back.

@@ -128,10 +128,9 @@ def build(
         assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    header_edited = any(not name.endswith(".cu") for name in edits)
     objects = []
     for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or header_edited:
+        if path.name in edits or not edits.keys().isdisjoint(_includes(path)):
             copy = folder / "cuda" / path.name
             source_path = copy if copy.exists() else path
             compiled = output.parent / f"{path.stem}.o"
@@ -140,6 +139,13 @@ def build(
             objects.append(_sound_object(path, flags))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
+
+
+@functools.cache
+def _includes(source: Path) -> frozenset[str]:
+    """Names of the files of csrc/cuda that a source includes, directly or not."""
+    names = set(re.findall(r'#include "cuda/([^"]+)"', source.read_text()))
+    return frozenset(names).union(*(_includes(CSRC / "cuda" / name) for name in names))
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:

@@ -160,8 +160,8 @@ def test_small_integers_are_exact_with_tiles_of_two(
         weight = WinogradWeight.from_dense(problem.weight.to(backend), tile=2)
         y = sparsecnn.ops.winograd_conv2d(problem.x, weight, problem.bias, padding=1)
         assert problem.bias is not None
-        tensors = (t.cpu().double() for t in (problem.x, problem.weight, problem.bias))
-        assert torch.equal(y.cpu(), F.conv2d(*tensors, 1, 1).to(dtype))
+        x, w, b = (t.cpu().double() for t in (problem.x, problem.weight, problem.bias))
+        assert torch.equal(y.cpu(), F.conv2d(x, w, b, 1, 1).to(dtype))
 
 
 @kinds
