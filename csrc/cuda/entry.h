@@ -13,6 +13,7 @@ int32_t csr_conv2d(const CsrConv2dParams& params, void* stream);
 int32_t csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, void* stream);
 int32_t depthwise_conv2d(const DepthwiseConv2dParams& params, void* stream);
 int32_t winograd_conv2d(const WinogradConv2dParams& params, void* stream);
+int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream);
 
 // Text of an error returned by a launcher.
 const char* error_string(int32_t error);

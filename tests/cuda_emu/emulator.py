@@ -89,6 +89,12 @@ class WinogradParams(ConvParams):
     ]
 
 
+class PointwiseParams(ConvParams):
+    """Mirror of ``PointwiseConv2dParams``."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
+
+
 class GradParams(ctypes.Structure):
     """Mirror of ``CsrConv2dGradValuesParams``."""
 
@@ -204,6 +210,7 @@ class Emulator:
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
@@ -211,11 +218,17 @@ class Emulator:
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
+        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
-    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
-        """What the launchers are told about the GPU; it steers their choice of kernel."""
-        self._lib.emu_set_device(sm_count, smem_bytes)
+    def set_device(
+        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+    ) -> None:
+        """What the launchers are told about the GPU; it steers their choice of kernel.
+
+        With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
+        """
+        self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
 
     @property
     def launches(self) -> int:
@@ -329,6 +342,23 @@ class Emulator:
                 values=p.values.data_ptr(),
                 col_idx=_pointer(p.col_idx),
                 row_ptr=_pointer(p.row_ptr),
+            )
+        )
+        return y
+
+    def pointwise_raw(self, params: PointwiseParams) -> None:
+        """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
+
+    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+        """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight if weight is None else weight
+        weight = weight.to(problem.case.dtype)
+        strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
+        self.pointwise_raw(
+            PointwiseParams(
+                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
             )
         )
         return y

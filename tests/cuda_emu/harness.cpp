@@ -123,11 +123,18 @@ int emu_winograd_conv2d(const sparsecnn::WinogradConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::winograd_conv2d(*params, nullptr); });
 }
 
+int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
+}
+
+size_t emu_sizeof_pointwise_params() { return sizeof(sparsecnn::PointwiseConv2dParams); }
+
 const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(error); }
 
 const char* emu_message() { return message.c_str(); }
 
-void emu_set_device(int sm_count, int smem_optin_bytes) {
+void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
+  emu::device().max_grid = max_grid;
   emu::device().sm_count = sm_count;
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }
