@@ -8,6 +8,8 @@ result. Activations multiply the error by their Lipschitz constant and add their
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,6 +110,21 @@ def winograd_bound(
     once = _LIPSCHITZ[activation] * unit_roundoff(dtype) * magnitude
     bound = conv_bound(magnitude, reference, 2 * terms, dtype, activation)
     return bound + (1 + 2 * unit_roundoff(dtype)) * once
+
+
+def winograd_on_cuda(
+    channels: int, tile: int, sparse: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the CUDA kernels do otherwise, as arguments of `winograd_bound`.
+
+    Args:
+        channels: C/G.
+        tile: m.
+        sparse: whether the weight is in CSR: its kernel takes chunks of 16 channels at least.
+        dtype: of the data.
+    """
+    cores = not sparse and tile == 2 and dtype in (torch.float16, torch.bfloat16)
+    return {"chunks": max(1, -(-channels // 16)) if sparse else 1, "tensor_cores": cores}
 
 
 def stage_bound(

@@ -21,7 +21,7 @@
 // ahead; m = 2 also reads the next pixels ahead, into registers. At the end the taps meet in shared
 // memory, 8 filters at a time.
 //
-// Few tiles: kFilters = 8, so that four times as many blocks share the work.
+// Few tiles: 8 filters x 16 tiles, so that four or eight times as many blocks share the work.
 //
 // Bound (derived): multiply-adds. A chunk of m = 2 takes 512 multiply-adds of a thread against some
 // 100 instructions for its tile; 78 KB and 128 registers leave two blocks to an SM, one multiplies
@@ -43,8 +43,10 @@ struct DenseBlock {
   static constexpr int kWarps = M == 2 ? 8 : 6, kOwn = kTaps / kWarps;  // taps of a warp
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kLaneFilters = kFilters / 8, kLaneTiles = kTiles / 4;
-  // Half a chunk where the weight of 36 taps would leave one block to an SM.
-  static constexpr int kChunkLog2 = M == 4 && kFilters == 32 && sizeof(T) == 4 ? 2 : 3;
+  // m = 2: a thread has a tile and channel of a chunk. m = 4: half a chunk where the weight of 36
+  // taps would leave one block to an SM.
+  static constexpr int kChunkLog2 =
+      M == 2 ? (kTiles == 32 ? 3 : 4) : (kFilters == 32 && sizeof(T) == 4 ? 2 : 3);
   static constexpr int kChunk = 1 << kChunkLog2;
   static constexpr int kAhead = M == 2 ? 2 : 1;  // buffers of transformed tiles
   // The weight in shared memory is [tap][channel][filter], its rows a vector or two longer than the
@@ -229,7 +231,7 @@ cudaError_t launch_width(const WinogradConv2dParams& params, cudaStream_t stream
   const bool wide = params.shape.filters_per_group() > 8 &&
                     winograd_plan<T>(params, 32, kTiles).work >= limits.sm_count;
   return wide ? launch_dense<T, M, 32, kTiles>(params, stream)
-              : launch_dense<T, M, 8, kTiles>(params, stream);
+              : launch_dense<T, M, 8, 16>(params, stream);
 }
 
 }  // namespace

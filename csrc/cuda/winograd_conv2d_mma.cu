@@ -5,9 +5,10 @@
 // in the order of the tensor cores. A transformed pixel may be four times as large as x: half takes
 // a quarter of it, exactly, so that no finite x overflows.
 //
-// A block owns kFilters filters of one group, 32 tiles and all 16 taps: 16 warps, one a tap, each
-// multiplies kFilters x 16 channels by 16 channels x 32 tiles a chunk (m16n8k16; 64 sums a thread
-// at 64 filters). Shared memory holds two chunks of each operand:
+// A block owns 64 filters of one group, 32 tiles and all 16 taps: 16 warps, one a tap, each
+// multiplies 64 filters x 16 channels by 16 channels x 32 tiles a chunk (m16n8k16; 64 sums a
+// thread); where there are few tiles, 16 filters x 16 tiles. Shared memory holds two chunks of each
+// operand:
 //   weight [tap][block][channel][8 filters], the format's own order: it is copied asynchronously as
 //          it is, and ldmatrix transposes its 8 x 8 squares of 128 bytes,
 //   input  [tap][tile][channel], in rows of 24 elements: ldmatrix of 8 rows meets all banks once.
@@ -29,24 +30,24 @@
 namespace sparsecnn::cuda {
 namespace {
 
-constexpr int kTaps = 16, kTiles = 32, kChunk = 16, kPairs = kChunk / 2;
+constexpr int kTaps = 16, kChunk = 16, kPairs = kChunk / 2;
 constexpr int kThreads = kTaps * kWarpLanes;
-constexpr int kInputPitch = kChunk + 8;               // elements of T
-constexpr int kInput = kTaps * kTiles * kInputPitch;  // of a chunk
-constexpr int kPlaceBytes = kTiles * static_cast<int>(sizeof(TilePlace));
-constexpr int kRound = 16;  // filters that end together
+constexpr int kInputPitch = kChunk + 8;  // elements of T
+constexpr int kRound = 16;               // filters that end together
 
 template <typename T>
 inline constexpr float kShrink = 1.f;
 template <>
 inline constexpr float kShrink<__half> = 0.25f;
 
-template <int kFilters>
+template <int kFilters, int kTiles>
 struct MmaBlock {
-  static constexpr int kWeight = kTaps * kFilters * kChunk;  // elements of T, of a chunk
+  static constexpr int kPlaceBytes = kTiles * static_cast<int>(sizeof(TilePlace));
+  static constexpr int kInput = kTaps * kTiles * kInputPitch;  // elements of T, of a chunk
+  static constexpr int kWeight = kTaps * kFilters * kChunk;    // likewise
   static constexpr int kBytes = kPlaceBytes + 2 * 2 * (kInput + kWeight);
   static_assert(kRound * kTaps * kTilePitch<kTiles> * 4 <= kBytes - kPlaceBytes);
-  static_assert(kFilters % kRound == 0);
+  static_assert(kFilters % kRound == 0 && kTiles % 16 == 0 && kTiles * kPairs <= kThreads);
 };
 
 template <typename T>
@@ -79,7 +80,7 @@ __device__ __forceinline__ void load_pairs(const T* __restrict__ x, const Winogr
   }
 }
 
-template <typename T>
+template <typename T, int kTiles>
 __device__ __forceinline__ void store_pairs(const Pair<T> (&pixels)[4][4], T* to) {
   float d[2][4][4];
 #pragma unroll
@@ -119,16 +120,16 @@ __device__ __forceinline__ void copy_weight(const T* __restrict__ values, const 
   copy_async_commit();
 }
 
-template <typename T, int kFilters>
+template <typename T, int kFilters, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     winograd_conv2d_mma(const WinogradConv2dParams prm, const WinogradPlan plan) {
-  using B = MmaBlock<kFilters>;
+  using B = MmaBlock<kFilters, kTiles>;
   constexpr int kSlices = kFilters / 16;  // m16 tiles of filters
   DYN_SMEM(float, smem);
   TilePlace* places = reinterpret_cast<TilePlace*>(smem);
-  T* input = reinterpret_cast<T*>(smem + kPlaceBytes / 4);
-  T* weight = input + 2 * kInput;
-  float* exchange = smem + kPlaceBytes / 4;
+  T* input = reinterpret_cast<T*>(smem + B::kPlaceBytes / 4);
+  T* weight = input + 2 * B::kInput;
+  float* exchange = smem + B::kPlaceBytes / 4;
   const T* values = static_cast<const T*>(prm.values);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   // Threads that transform: neighbouring lanes have neighbouring channels, or 8 neighbouring tiles
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       copy_weight<T, kFilters>(values, plan, block0, blocks, 0, weight);
       if (transforms) {
         load_pairs<T>(x, plan, places[tile], 2 * pair, pixels);
-        store_pairs<T>(pixels, own);
+        store_pairs<T, kTiles>(pixels, own);
         load_pairs<T>(x, plan, places[tile], kChunk + 2 * pair, pixels);
       }
     }
@@ -177,12 +178,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         copy_weight<T, kFilters>(values, plan, block0, blocks, c0 + kChunk,
                                  weight + (buffer ^ 1) * B::kWeight);
         if (transforms) {
-          store_pairs<T>(pixels, own + (buffer ^ 1) * kInput);
+          store_pairs<T, kTiles>(pixels, own + (buffer ^ 1) * B::kInput);
           load_pairs<T>(x, plan, places[tile], c0 + 2 * kChunk + 2 * pair, pixels);
         }
       }
       const T* w = weight + buffer * B::kWeight + warp * (kFilters * kChunk) + weight_row;
-      const T* v = input + buffer * kInput + warp * (kTiles * kInputPitch) + input_row;
+      const T* v = input + buffer * B::kInput + warp * (kTiles * kInputPitch) + input_row;
       uint32_t b[kTiles / 16][4];
 #pragma unroll
       for (int t = 0; t < kTiles / 16; ++t) ldmatrix_x4(b[t], v + t * 16 * kInputPitch);
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                at) = sums;
         }
       __syncthreads();
-      static_assert(kRound * kTiles == kThreads);
+      if (threadIdx.x >= kRound * kTiles) continue;
       const int f = plan.nhwc ? threadIdx.x % kRound : threadIdx.x / kTiles;
       const int t = plan.nhwc ? threadIdx.x / kRound : threadIdx.x % kTiles;
       const int filter = item.slab * kFilters + s * kRound + f;
@@ -224,14 +225,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <typename T, int kFilters>
+template <typename T, int kFilters, int kTiles>
 cudaError_t launch_mma(const WinogradConv2dParams& params, cudaStream_t stream) {
-  constexpr int kBytes = MmaBlock<kFilters>::kBytes;
+  constexpr int kBytes = MmaBlock<kFilters, kTiles>::kBytes;
   const WinogradPlan plan = winograd_plan<T>(params, kFilters, kTiles);
-  const cudaError_t error = allow_smem(winograd_conv2d_mma<T, kFilters>, kBytes);
+  const cudaError_t error = allow_smem(winograd_conv2d_mma<T, kFilters, kTiles>, kBytes);
   if (error != cudaSuccess) return error;
-  CUDA_LAUNCH((winograd_conv2d_mma<T, kFilters>), grid_size(plan.work), kThreads, kBytes, stream,
-              params, plan);
+  CUDA_LAUNCH((winograd_conv2d_mma<T, kFilters, kTiles>), grid_size(plan.work), kThreads, kBytes,
+              stream, params, plan);
   return cudaGetLastError();
 }
 
@@ -243,9 +244,9 @@ cudaError_t launch(const WinogradConv2dParams& params, cudaStream_t stream) {
   const cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
   const bool wide = params.shape.filters_per_group() > 16 &&
-                    limits.smem_optin_bytes >= MmaBlock<64>::kBytes &&
-                    winograd_plan<T>(params, 64, kTiles).work >= limits.sm_count;
-  return wide ? launch_mma<T, 64>(params, stream) : launch_mma<T, 16>(params, stream);
+                    limits.smem_optin_bytes >= MmaBlock<64, 32>::kBytes &&
+                    winograd_plan<T>(params, 64, 32).work >= limits.sm_count;
+  return wide ? launch_mma<T, 64, 32>(params, stream) : launch_mma<T, 16, 16>(params, stream);
 }
 
 }  // namespace

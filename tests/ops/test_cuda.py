@@ -16,7 +16,6 @@ from tests.ops import csr, depthwise
 from tests.ops.chain import pointwise_args
 
 
-
 @functools.cache
 def winograd_values(weight: Tensor) -> Tensor:
     """The transform of a weight, made by the first call: a graph cannot record it."""

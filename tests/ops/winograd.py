@@ -102,7 +102,8 @@ class WinogradProblem:
         magnitude = reference.winograd_magnitude(
             p.x, self.taps, p.bias, padding=case.padding, groups=case.groups, residual=p.residual
         )
-        channels = self.taps.shape[2]
+        channels, sparse = self.taps.shape[2], self.col_idx is not None
+        how = tolerance.winograd_on_cuda(channels, self.tile, sparse, case.dtype) if cuda else {}
         bound = tolerance.winograd_bound(
             magnitude,
             expected,
@@ -111,11 +112,7 @@ class WinogradProblem:
             self.tile,
             case.dtype,
             case.activation,
-            # Of 16 channels at least.
-            chunks=max(1, -(-channels // 16)) if cuda and self.col_idx is not None else 1,
-            tensor_cores=(
-                cuda and self.col_idx is None and self.tile == 2 and case.dtype != torch.float32
-            ),
+            **how,
         )
         tolerance.assert_within(y.cpu(), expected, bound, self.id)
 
