@@ -45,6 +45,10 @@ BUDGETS = {
     r"pattern_conv2d_directI": 128,
     r"pattern_conv2d_mmaI.*MmaShapeILi4E": 255,
     r"pattern_conv2d_mmaI.*MmaShapeILi[12]E": 168,
+    # Two blocks of 256 or of 192 (m = 4) threads; blocks of 512, or two of 256.
+    r"winograd_conv2d_denseI.*Li2ELi": 128,
+    r"winograd_conv2d_denseI.*Li4ELi": 168,
+    r"winograd_conv2d_(mma|sparse)I": 128,
 }
 
 

@@ -18,6 +18,7 @@ int32_t pattern_conv2d(const PatternConv2dParams& params, void* stream);
 // keeps more than two of four consecutive channels of a tap gets outputs of NaN.
 int64_t pattern_conv2d_2_4_workspace_bytes(const PatternConv2dParams& params);
 int32_t pattern_conv2d_2_4(const PatternConv2dParams& params, void* workspace, void* stream);
+int32_t winograd_conv2d(const WinogradConv2dParams& params, void* stream);
 int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream);
 
 // Text of an error returned by a launcher.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tests.cases import Problem, memory_format
 from tests.ops import pattern
+from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -84,6 +85,17 @@ class PatternParams(ConvParams):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in pattern.NAMES),
         ("filter_groups", ctypes.c_int64),
+    ]
+
+
+class WinogradParams(ConvParams):
+    """Mirror of ``WinogradConv2dParams``."""
+
+    _fields_ = [
+        ("tile", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
     ]
 
 
@@ -218,6 +230,7 @@ class Emulator:
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
         self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
+        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
@@ -226,6 +239,7 @@ class Emulator:
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
+        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
@@ -371,6 +385,24 @@ class Emulator:
         params = pattern_params(packed, y)
         words = self.pattern_2_4_workspace(params) // 8
         self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
+        return y
+
+    def winograd_raw(self, params: WinogradParams) -> None:
+        """winograd_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_winograd_conv2d(ctypes.byref(params)))
+
+    def winograd(self, p: WinogradProblem) -> Tensor:
+        """winograd_conv2d; the output starts as NaN."""
+        y = _poisoned(p.problem)
+        self.winograd_raw(
+            WinogradParams(
+                **_common(p.problem, y),
+                tile=p.tile,
+                values=p.values.data_ptr(),
+                col_idx=_pointer(p.col_idx),
+                row_ptr=_pointer(p.row_ptr),
+            )
+        )
         return y
 
     def pointwise_raw(self, params: PointwiseParams) -> None:
