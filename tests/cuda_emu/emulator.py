@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,17 @@ def build(
             source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source)
-    objects = []
-    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or _includes(path, edits):
-            copy = folder / "cuda" / path.name
-            source_path = copy if copy.exists() else path
-            compiled = output.parent / f"{path.stem}.o"
-            objects.append(_compile(source_path, compiled, flags, folder))
-        else:
-            objects.append(_sound_object(path, flags))
+
+    def compiled(path: Path) -> Path:
+        if path.name not in edits and not _includes(path, edits):
+            return _sound_object(path, flags)
+        copy = folder / "cuda" / path.name
+        source_path = copy if copy.exists() else path
+        return _compile(source_path, output.parent / f"{path.stem}.o", flags, folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+        objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
 
@@ -190,8 +193,8 @@ def _objects_folder() -> Path:
 @functools.cache
 def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of an unedited source, compiled once per process."""
-    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
-    return _compile(source, _objects_folder() / name, flags)
+    name = "_".join((source.stem, *flags)).replace("/", "_")
+    return _compile(source, _objects_folder() / f"{name}.o", flags)
 
 
 def _run(*arguments: str) -> None:
