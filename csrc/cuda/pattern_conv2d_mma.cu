@@ -12,21 +12,23 @@
 // The input channels are walked in chunks. All threads stage the chunk's input tile with its halo,
 // [place][channel], whole sectors whichever columns are kept: 16-byte asynchronous copies where the
 // layout allows. For each chunk and piece a team then
-//   - scatters the piece's columns of the chunk into an inverse map [tap][channel] and
+//   - scatters the piece's columns of the chunk into an inverse map [tap][channel], a step ahead,
 //   - lists them: first the octets of channels of a tap that are all kept (in the weight's order
 //     their columns are R * S apart), then the others, dealt to the four lanes that load at once by
-//     the channel pair within its octet, which is the bank they read: see list_columns;
+//     the channel pair within its octet, which is the bank they read: see list_columns; and
 //   - copies the columns' values in the order of the list, kRound at a time and one batch ahead.
 // An octet of channels is an operand row of 16 bytes for ldmatrix, straight from the tile; other
 // columns are loaded element by element and packed. Neither meets a bank conflict but for columns
 // dealt to a foreign lane. Every loaded input serves all filters of the piece, at most 64, and a
 // column that is not kept is never read as an operand: infinities stay where they are.
 //
-// Bound (derived): a product of 16 pixels x 64 filters x 16 columns takes 8 instructions of the
-// tensor core, 16 of shared memory for the columns' values per kM of them, and 8 for its inputs one
-// by one or 2 by ldmatrix. With kM = 4 that is 12 or 6 of the 8 * 16 / 4 = 32 clocks in which the
-// four tensor cores of an SM issue: the tensor cores bind where whole octets are kept. Of device
-// memory the input once for every 64 * kTeams filters. GPU timings have not been taken.
+// Bound (derived): 64 outputs x 64 filters x 16 columns of a warp are 32 products of 8 * 16 * 16
+// multiply-adds, 128 clocks of one of the four tensor cores of an SM at the peak rate. Their
+// operands take 16 clocks of shared memory for the values and 16 for the inputs in whole octets or
+// 32 one by one: for four warps 128 or 192 clocks, so that shared memory and tensor cores are
+// balanced where whole octets are kept and shared memory binds at two thirds of the peak where none
+// is. Of device memory (L2) a block reads its input once for all its 64 * kTeams filters. GPU
+// timings have not been taken.
 //
 // Papers: Mao et al., CVPR workshops 2017; Chen et al., "Efficient tensor core-based GPU kernels
 // for structured sparsity under reduced precision", SC 2021 (vectors on tensor cores).
@@ -60,7 +62,7 @@ template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     pattern_conv2d_mma(const PatternConv2dParams prm, const PatternPlan t) {
   constexpr int kM = Shape::kM, kOctets = Shape::kOctets, kThreads = Shape::threads;
-  constexpr int kRoundSteps = Shape::round / 16;
+  constexpr int kRoundSteps = Shape::round / 16, kAhead = 2;
   DYN_SMEM(char, smem);
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, quad = lane % 4;
   const int team = threadIdx.x / Shape::team_threads;
@@ -132,29 +134,45 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
       stage_octets<T, kThreads>(image + c0 * t.x_c, pixels, tile_of(chunk), t,
                                 left < t.chunk ? left : t.chunk);
     };
-    const auto list_step = [&](int step) {  // all threads; ends synchronized
-      const int chunk = step / pieces;
+    // The first columns of each thread are on their way while the warp multiplies.
+    int32_t ahead[kAhead];
+    const auto fetch_columns = [&](int step) {
       const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
-      const FilterSlot& slot = team_slots[piece.begin];
-      const int32_t column0 = chunk * t.chunk * t.taps;
-      if (piece.end > 0) {
-        int32_t* own_cursor = cursor + team * kOctets + piece.begin;
-        for (int32_t i = *own_cursor + team_thread; i < slot.column_end; i += Shape::team_threads) {
-          const int32_t column = prm.columns[i] - column0, c = column / t.taps;
-          if (c >= t.chunk) break;
-          map[(column - c * t.taps) * t.chunk + c] = i - slot.column;
-        }
+      const int32_t first = cursor[team * kOctets + piece.begin] + team_thread;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int32_t i = first + j * Shape::team_threads;
+        ahead[j] = i < team_slots[piece.begin].column_end ? prm.columns[i] : 0;
       }
-      __syncthreads();
-      ListHeader* header = header_of(step) + team;
+    };
+    const auto scatter_columns = [&](int step) {
+      const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
+      if (piece.end == 0) return;
+      const FilterSlot& slot = team_slots[piece.begin];
+      const int32_t column0 = step / pieces * t.chunk * t.taps;
+      int32_t i = cursor[team * kOctets + piece.begin] + team_thread;
+      const auto scatter = [&](int32_t column) {  // false behind the chunk's last
+        const int32_t c = (column - column0) / t.taps;
+        if (c >= t.chunk) return false;
+        map[(column - column0 - c * t.taps) * t.chunk + c] = i - slot.column;
+        i += Shape::team_threads;
+        return true;
+      };
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (i >= slot.column_end || !scatter(ahead[j])) return;
+      while (i < slot.column_end && scatter(prm.columns[i])) {
+      }
+    };
+    const auto list_step = [&](int step) {  // ends synchronized
       if (team_warp == 0) {
+        const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
+        ListHeader* header = header_of(step) + team;
         int32_t* source = list_of(step);
-        if (piece.end == 0) {
-          *header = {0, 0};
-        } else {
-          const int found = list_columns(t, map, source, source + t.list, header);
-          if (lane == 0) cursor[team * kOctets + piece.begin] += found;
-        }
+        const int found =
+            piece.end == 0 ? 0 : list_columns(t, map, source, source + t.list, header);
+        if (piece.end == 0) *header = {0, 0};
+        if (lane == 0) cursor[team * kOctets + piece.begin] += found;
       }
       __syncthreads();
     };
@@ -243,35 +261,48 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     };
 
     __syncthreads();  // pixels and cursors are there
+    const int all_steps = chunks * pieces;
     stage(0);
+    fetch_columns(0);
+    scatter_columns(0);
+    __syncthreads();  // the map is full
     list_step(0);
     stage_values(0, 0, 0);
     copy_async_commit();
+    if (all_steps > 1) {
+      fetch_columns(1);
+      scatter_columns(1);
+    }
     int buffer = 0;
-    for (int step = 0; step < chunks * pieces; ++step) {
+    for (int step = 0; step < all_steps; ++step) {
       int rounds = 1;
       for (int i = 0; i < Shape::kTeams; ++i) {
         const int own = (header_of(step)[i].steps + kRoundSteps - 1) / kRoundSteps;
         rounds = own > rounds ? own : rounds;
       }
       for (int round = 0; round < rounds; ++round, ++buffer) {
+        const bool ends = round + 1 == rounds;
         copy_async_wait<0>();
         __syncthreads();  // what this round reads is there, what it overwrites has been read
         if (round == 0 && step % pieces == 0 && step / pieces + 1 < chunks)
           stage(step / pieces + 1);
-        if (round + 1 < rounds) {
+        if (!ends) {
           stage_values(step, round + 1, buffer + 1);
-        } else if (step + 1 < chunks * pieces) {
+        } else if (step + 1 < all_steps) {
           list_step(step + 1);
           stage_values(step + 1, 0, buffer + 1);
         }
         copy_async_commit();
+        // The map is free again once its columns are listed, until the next step's last round.
+        const bool next = ends && step + 2 < all_steps;
+        if (next) fetch_columns(step + 2);
         multiply(step, round, buffer);
+        if (next) scatter_columns(step + 2);
       }
     }
 
-    // Outputs leave through the tiles, 16 pixels a warp at a time; the warps of a split add up
-    // there.
+    // Outputs leave through the tiles, 16 pixels a warp at a time; there the warps of a split add
+    // up.
     float* sums = reinterpret_cast<float*>(smem + t.tile_at);
     const int pitch = 16 * Shape::kSpan + (t.channels_last ? 1 : 4);  // either spreads the banks
 #pragma unroll

@@ -174,9 +174,9 @@ FAULTS = {
         "_mma.cu", "__syncthreads();  // what", "if (!FAULT) __syncthreads();  // what",
     ),
     "mma: no barrier behind the map": (
-        "_mma.cu", """__syncthreads();
-      ListHeader*""", "if (!FAULT) __syncthreads();\nListHeader*",
+        "_mma.cu", "__syncthreads();  // the map", "if (!FAULT) __syncthreads();  // the map",
     ),
+    "mma: columns ahead of others": ("_mma.cu", "first + j * Sh", "first + !FAULT * j * Sh"),
     "mma: no sum of splits": ("_mma.cu", "part == 0 ? sum", "part == 0 || FAULT ? sum"),
     "mma: half a step too much": (
         "_mma.cu", "if (2 * s + 1 == header.full)", "if (!FAULT && 2 * s + 1 == header.full)",
