@@ -36,11 +36,6 @@
 namespace sparsecnn::cuda {
 namespace {
 
-template <typename T>
-struct alignas(16) Vector8 {
-  T v[kEight];
-};
-
 template <int M, int Octets, int Teams, int Span, int Split>
 struct MmaShape {
   static constexpr int kM = M, kOctets = Octets, kTeams = Teams, kSpan = Span, kSplit = Split;
@@ -49,50 +44,17 @@ struct MmaShape {
   static constexpr int round = kOctets > 2 ? 64 : 128;  // columns whose values lie in one buffer
   static constexpr int value_pitch = 8 * kOctets + 8;   // odd in units of 16 bytes
   static constexpr int value_elements = round * value_pitch;
-  // Shared memory: the item, slots, filters of the rows, scan, cursors, list headers, values; by
-  // the plan lists, inverse maps, staged pixels, tiles.
-  static constexpr int slots_at = sizeof(SharedItem);
-  static constexpr int out_at = slots_at + slots * static_cast<int>(sizeof(FilterSlot));
+  // Shared memory: slots, filters of the rows, scan, places of the outputs, cursors, list headers,
+  // values; by the plan lists, inverse maps, staged pixels, tiles.
+  static constexpr int out_at = slots * static_cast<int>(sizeof(FilterSlot));
   static constexpr int scan_at = out_at + 4 * rows;
-  static constexpr int cursor_at = scan_at + 16 * (threads / 32);
+  static constexpr int outputs_at = scan_at + 16 * (threads / 32);
+  static constexpr int cursor_at = outputs_at + 8 * pixels;
   static constexpr int header_at = cursor_at + 4 * slots;
   static constexpr int values_at = (header_at + 2 * 8 * kTeams + 15) / 16 * 16;
   static constexpr int lists_at = values_at + 2 * 2 * kTeams * value_elements;
   static_assert(kOctets % 2 == 0 && threads % kEight == 0);
 };
-
-// Copies one chunk of channels into a tile of [place][channel], zeros in the padding. `x` is the
-// chunk's first channel of the image.
-template <typename T, int kThreads>
-__device__ __forceinline__ void stage_octets(const T* __restrict__ x, const StagedPixel* pixels,
-                                             T* tile, const PatternPlan& t, int channels) {
-  const auto stage = [&](int pixel, int octet) {
-    const StagedPixel from = pixels[pixel];
-    T* to = tile + from.place * t.pixel_pitch + octet * kEight;
-    const bool inside = from.at >= 0;
-    const T* first = x + (inside ? from.at + octet * kEight * t.x_c : 0);
-    if (t.input_vectors) {
-      copy_async<16>(to, first, inside);
-      return;
-    }
-    const int left = inside ? channels - octet * kEight : 0;
-    Vector8<T> all;
-#pragma unroll
-    for (int v = 0; v < kEight; ++v) all.v[v] = v < left ? first[v * t.x_c] : from_float<T>(0.f);
-    *reinterpret_cast<Vector8<T>*>(to) = all;
-  };
-  const int octets = (channels + kEight - 1) / kEight;
-  if (t.channels_last) {  // lanes along the channels
-    int lanes = 1;
-    while (lanes < octets) lanes *= 2;
-    const int octet = threadIdx.x & (lanes - 1);
-    if (octet >= octets) return;
-    for (int i = threadIdx.x / lanes; i < t.area; i += kThreads / lanes) stage(i, octet);
-    return;
-  }
-  for (int octet = 0; octet < octets; ++octet)
-    for (int i = threadIdx.x; i < t.area; i += kThreads) stage(i, octet);
-}
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
@@ -104,9 +66,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
   const int team = threadIdx.x / Shape::team_threads;
   const int team_thread = threadIdx.x % Shape::team_threads, team_warp = team_thread / kWarpLanes;
   const int span = team_warp % Shape::kSpan, split = team_warp / Shape::kSpan;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
+  int64_t* outputs = reinterpret_cast<int64_t*>(smem + Shape::outputs_at);
   int32_t* cursor = reinterpret_cast<int32_t*>(smem + Shape::cursor_at);
   ListHeader* headers = reinterpret_cast<ListHeader*>(smem + Shape::header_at);
   T* value_tiles = reinterpret_cast<T*>(smem + Shape::values_at) + team * Shape::value_elements;
@@ -145,9 +108,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     find_slots<kThreads, Shape::slots, kEight>(prm, row_begin, row_begin + t.filters,
                                                item.slab * Shape::slots, slots, out, scan);
     if (slots[0].rows == 0) continue;  // fewer octets than the host had to expect
-    locate_pixels<kThreads>(t, item, pixels);
-    SharedItem* const kept = reinterpret_cast<SharedItem*>(smem);
-    if (threadIdx.x == 0) kept->item = item;
+    locate_pixels<kThreads, Shape::pixels>(t, item, pixels, outputs);
     for (int i = threadIdx.x; i < Shape::slots; i += kThreads) cursor[i] = slots[i].column;
     int pieces = 1;  // most of a team
     for (int i = 0, own = 0; i < Shape::slots; ++i) {
@@ -240,25 +201,30 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
             if (2 * s + 1 == header.full) a[i][2] = a[i][3] = 0;  // the second octet is none
           }
         } else {
-          int32_t at[4];
-          uint32_t mask[2] = {0, 0};
+          Entries4 at = *reinterpret_cast<const Entries4*>(offset + 16 * s + 4 * quad);
+          uint32_t mask[2] = {~0u, ~0u};
+          bool gap = false;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            at[j] = offset[16 * s + 4 * quad + j];
-            if (at[j] < 0)
-              at[j] = 0;
-            else
-              mask[j / 2] |= 0xffffu << (16 * (j % 2));
+            if (at.v[j] >= 0) continue;
+            gap = true;
+            at.v[j] = 0, mask[j / 2] &= j % 2 == 0 ? 0xffff0000u : 0xffffu;
           }
 #pragma unroll
           for (int i = 0; i < kM; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {  // rows g and g+8 of columns 2 quad, then of 8 behind
               const char* from = tile + element_at[i][e % 2];
-              const uint32_t low = *reinterpret_cast<const uint16_t*>(from + at[e / 2 * 2]);
-              const uint32_t high = *reinterpret_cast<const uint16_t*>(from + at[e / 2 * 2 + 1]);
-              a[i][e] = (low | high << 16) & mask[e / 2];
+              const uint32_t low = *reinterpret_cast<const uint16_t*>(from + at.v[e / 2 * 2]);
+              const uint32_t high = *reinterpret_cast<const uint16_t*>(from + at.v[e / 2 * 2 + 1]);
+              a[i][e] = low | high << 16;
             }
+          if (__ballot_sync(kFullWarp, gap)) {
+#pragma unroll
+            for (int i = 0; i < kM; ++i)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) a[i][e] &= mask[e / 2];
+          }
         }
         const T* own = operand + (s - first) * 16 * Shape::value_pitch;
 #pragma unroll
@@ -304,8 +270,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
       }
     }
 
-    // Outputs leave through the tiles, 16 pixels a warp at a time, so that neighbouring threads
-    // write neighbouring elements; the warps of a split add up there.
+    // Outputs leave through the tiles, 16 pixels a warp at a time; the warps of a split add up
+    // there.
     float* sums = reinterpret_cast<float*>(smem + t.tile_at);
     const int pitch = 16 * Shape::kSpan + (t.channels_last ? 1 : 4);  // either spreads the banks
 #pragma unroll
@@ -323,14 +289,9 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
           }
       }
       __syncthreads();
-#pragma unroll 1
-      for (int e = threadIdx.x; e < Shape::rows * 16 * Shape::kSpan; e += kThreads) {
-        const int row = t.channels_last ? e % Shape::rows : e / (16 * Shape::kSpan);
-        const int pixel = t.channels_last ? e / Shape::rows : e % (16 * Shape::kSpan);
-        const int64_t at = output_at(t, kept->item, (pixel / 16 * kM + i) * 16 + pixel % 16);
-        const int64_t k = out[row];
-        if (at >= 0 && k >= 0) store_output<T>(prm, sums[row * pitch + pixel], k, at + k * t.y_k);
-      }
+      store_sums<T, kThreads, Shape::rows, 16 * Shape::kSpan>(
+          prm, t, sums, pitch, out,
+          [&](int pixel) { return outputs[(pixel / 16 * kM + i) * 16 + pixel % 16]; });
     }
   }
 }

@@ -5,6 +5,7 @@
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
 #include "cuda_emu.h"
+#include "cuda_emu_cluster.h"
 
 namespace {
 std::string message;  // NOLINT: what emu_message() points to must outlive the call
@@ -136,6 +137,10 @@ int emu_pattern_conv2d_2_4(const sparsecnn::PatternConv2dParams* params, void* w
   return guarded([&] { return sparsecnn::cuda::pattern_conv2d_2_4(*params, workspace, nullptr); });
 }
 
+int emu_winograd_conv2d(const sparsecnn::WinogradConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::winograd_conv2d(*params, nullptr); });
+}
+
 int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
 }
@@ -152,6 +157,10 @@ void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }
 
+void emu_set_clusters(int has_clusters) { emu::device_has_clusters() = has_clusters != 0; }
+
+int emu_cluster() { return static_cast<int>(emu::device().cluster); }
+
 int64_t emu_launches() { return emu::device().launches; }
 
 const char* emu_kernel() { return emu::device().kernel.c_str(); }
@@ -161,6 +170,7 @@ size_t emu_sizeof_params() { return sizeof(sparsecnn::CsrConv2dParams); }
 size_t emu_sizeof_depthwise_params() { return sizeof(sparsecnn::DepthwiseConv2dParams); }
 
 size_t emu_sizeof_pattern_params() { return sizeof(sparsecnn::PatternConv2dParams); }
+size_t emu_sizeof_winograd_params() { return sizeof(sparsecnn::WinogradConv2dParams); }
 
 // One barrier that half of the block never reaches: the emulator must refuse it.
 int emu_divergent_barrier() {
