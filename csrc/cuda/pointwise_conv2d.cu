@@ -5,14 +5,13 @@
 // Data layout: x, residual and y are NCHW or channels last, W is (K, C) with strides of its own.
 // The outputs of all images are numbered through, so that maps of 7x7 fill tiles as well.
 //
-// A block owns a tile of 128 outputs x 64 filters (32 x 32 where that many would leave the GPU
-// without work) and walks the channels in steps of 64 bytes, staged in shared memory three steps
-// deep by asynchronous copies of 16, 8 or 4 bytes, whatever the shapes and addresses allow, or by
-// plain loads. In half precision a warp owns 32 x 32 (16 x 16) of it, by tensor cores with float
-// sums: outputs are the rows of the product in channels last, the filters in NCHW, so that each
-// operand is read as it lies in memory. In float a thread owns 8 x 4 (4 x 2), by fused
-// multiply-adds in order of the channels: no TF32. Results leave through shared memory, side by
-// side as in y.
+// A block owns a tile of 128 outputs x 64 filters (32 x 32 where the GPU would be idle) and walks
+// the channels in steps of 64 bytes, staged in shared memory three steps deep: by asynchronous
+// copies of 16, 8 or 4 bytes, as shapes and addresses allow, or by plain loads. In half precision a
+// warp owns 32 x 32 (16 x 16) of it, by tensor cores with float sums: outputs are the rows of the
+// product in channels last, the filters in NCHW, so that each operand is read as it lies in memory.
+// In float a thread owns 8 x 4 (4 x 2), by fused multiply-adds in order of the channels: no TF32.
+// Results leave through shared memory, side by side as in y.
 //
 // Shared memory: rows are 64 bytes and 16 of padding, so that eight rows cover all banks once: no
 // conflicts in ldmatrix or in the vectors along c of the float kernel. There a thread reads
@@ -47,18 +46,20 @@ struct Plan {
   int x_width, w_width;  // elements side by side that may be copied at once
 };
 
-// Shapes of the staged tiles: x as [pixel][c] (channels last) or [c][pixel], W as [filter][c].
-template <typename T, bool kNhwc, int kPixels, int kFilters>
+// Shapes of the staged tiles, each as it lies in memory: x as [pixel][c] (channels last) or
+// [c][pixel], W as [filter][c] or, filters innermost, as [c][filter].
+template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters>
 struct Tiles {
   static constexpr int kDepth = kStepBytes / static_cast<int>(sizeof(T));
   static constexpr int kRowPitch = kDepth + kVector<T>;
   static constexpr int kXPitch = kNhwc ? kRowPitch : kPixels + kVector<T>;
   static constexpr int kX = (kNhwc ? kPixels : kDepth) * kXPitch;
-  static constexpr int kStage = kX + kFilters * kRowPitch;
+  static constexpr int kWPitch = kInnermost ? kFilters + kVector<T> : kRowPitch;
+  static constexpr int kStage = kX + (kInnermost ? kDepth : kFilters) * kWPitch;
   static constexpr int kOutPitch = kFilters + 1;
   static constexpr int kBytes = kStages * kStage * static_cast<int>(sizeof(T));
-  static_assert(kBytes <= kDefaultSmemBytes);
-  static_assert(kPixels * kOutPitch * static_cast<int>(sizeof(float)) <= kBytes);
+  static constexpr int kOutBytes = kPixels * kOutPitch * static_cast<int>(sizeof(float));
+  static_assert(kOutBytes <= kBytes && kBytes <= kDefaultSmemBytes);
 };
 
 // Sixteen bytes of elements `step` apart, of which the first `count` exist; the rest become zero.
@@ -81,6 +82,11 @@ __device__ __forceinline__ void stage_vector(T* to, const T* from, int width, in
   }
 }
 
+template <int kCount>
+struct alignas(kCount * sizeof(float)) Floats {
+  float v[kCount];
+};
+
 // Where an output's first input channel lies in x; `pixel` counts through all images.
 __device__ __forceinline__ int64_t input_at(const ConvShape& s, const Plan& plan, int64_t pixel) {
   int64_t rest, q;
@@ -88,10 +94,10 @@ __device__ __forceinline__ int64_t input_at(const ConvShape& s, const Plan& plan
   return n * plan.x.n + p * plan.x.h + q * plan.x.w;
 }
 
-template <typename T, bool kNhwc, int kPixels, int kFilters, int kWarps>
+template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     pointwise_conv2d_tiled(const PointwiseConv2dParams prm, const Plan plan) {
-  using Tile = Tiles<T, kNhwc, kPixels, kFilters>;
+  using Tile = Tiles<T, kNhwc, kInnermost, kPixels, kFilters>;
   constexpr int kThreads = kWarps * 32, kV = kVector<T>, kDepth = Tile::kDepth;
   constexpr int kXParts = kPixels * kDepth / kV / kThreads;
   constexpr int kWParts = kFilters * kDepth / kV / kThreads;
@@ -151,11 +157,13 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 #pragma unroll
       for (int i = 0; i < kWParts; ++i) {
         const int part = tid + i * kThreads;
-        const int filter = part / (kDepth / kV), c = part % (kDepth / kV) * kV;
-        const int64_t k = k0 + filter;
-        stage_vector(w_tile + filter * Tile::kRowPitch + c,
-                     weight + k * prm.weight_stride[0] + (c0 + c) * prm.weight_stride[1],
-                     plan.w_width, prm.weight_stride[1], k < s.k ? s.c - c0 - c : 0);
+        constexpr int kRow = kInnermost ? kFilters / kV : kDepth / kV;  // vectors
+        const int row = part / kRow, column = part % kRow * kV;
+        const int64_t k = k0 + (kInnermost ? column : row), c = c0 + (kInnermost ? row : column);
+        const int64_t count = kInnermost ? (c < s.c ? s.k - k : 0) : (k < s.k ? s.c - c : 0);
+        stage_vector(w_tile + row * Tile::kWPitch + column,
+                     weight + k * prm.weight_stride[0] + c * prm.weight_stride[1], plan.w_width,
+                     prm.weight_stride[kInnermost ? 0 : 1], count);
       }
     };
 
@@ -183,15 +191,31 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       constexpr int kAcross = 16, kDown = kThreads / kAcross;
       constexpr int kOwnFilters = kFilters / kAcross, kOwnPixels = kPixels / kDown;
       const int across = tid % kAcross, down = tid / kAcross;
+      // Own filters side by side where they are so in shared memory, else kAcross apart.
+      const int filter0 = kInnermost ? across * kOwnFilters : across;
+      constexpr int kFilterStep = kInnermost ? 1 : kAcross;
       float sum[kOwnPixels][kOwnFilters] = {};
       walk([&](const float* x_tile, const float* w_tile) {
 #pragma unroll
         for (int c = 0; c < kDepth; c += 4) {
-          float4 w[kOwnFilters];
+          float w[4][kOwnFilters];  // [c][filter]
+          if constexpr (kInnermost) {
 #pragma unroll
-          for (int j = 0; j < kOwnFilters; ++j)
-            w[j] = *reinterpret_cast<const float4*>(w_tile +
-                                                    (across + j * kAcross) * Tile::kRowPitch + c);
+            for (int v = 0; v < 4; ++v) {
+              const auto row = *reinterpret_cast<const Floats<kOwnFilters>*>(
+                  w_tile + (c + v) * Tile::kWPitch + filter0);
+#pragma unroll
+              for (int j = 0; j < kOwnFilters; ++j) w[v][j] = row.v[j];
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < kOwnFilters; ++j) {
+              const auto row = *reinterpret_cast<const Floats<4>*>(
+                  w_tile + (filter0 + j * kFilterStep) * Tile::kWPitch + c);
+#pragma unroll
+              for (int v = 0; v < 4; ++v) w[v][j] = row.v[v];
+            }
+          }
           // Four outputs a time: their vectors along c, or for each c a vector of the outputs.
 #pragma unroll
           for (int i = 0; i < kOwnPixels; i += 4) {
@@ -200,21 +224,17 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
             for (int v = 0; v < 4; ++v) {
               const int at = kNhwc ? (down + (i + v) * kDown) * Tile::kXPitch + c
                                    : (c + v) * Tile::kXPitch + down * 4 + i * kDown;
-              const float4 in = *reinterpret_cast<const float4*>(x_tile + at);
-              (kNhwc ? x[0][v] : x[v][0]) = in.x;
-              (kNhwc ? x[1][v] : x[v][1]) = in.y;
-              (kNhwc ? x[2][v] : x[v][2]) = in.z;
-              (kNhwc ? x[3][v] : x[v][3]) = in.w;
+              const auto in = *reinterpret_cast<const Floats<4>*>(x_tile + at);
+#pragma unroll
+              for (int u = 0; u < 4; ++u) (kNhwc ? x[u][v] : x[v][u]) = in.v[u];
             }
 #pragma unroll
             for (int j = 0; j < kOwnFilters; ++j)
 #pragma unroll
               for (int v = 0; v < 4; ++v) {
                 float& to = sum[i + v][j];
-                to = fmaf(w[j].x, x[0][v], to);
-                to = fmaf(w[j].y, x[1][v], to);
-                to = fmaf(w[j].z, x[2][v], to);
-                to = fmaf(w[j].w, x[3][v], to);
+#pragma unroll
+                for (int u = 0; u < 4; ++u) to = fmaf(w[u][j], x[u][v], to);
               }
           }
         }
@@ -224,7 +244,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 #pragma unroll
         for (int j = 0; j < kOwnFilters; ++j) {
           const int pixel = kNhwc ? down + i * kDown : down * 4 + i / 4 * 4 * kDown + i % 4;
-          out[pixel * Tile::kOutPitch + across + j * kAcross] = sum[i][j];
+          out[pixel * Tile::kOutPitch + filter0 + j * kFilterStep] = sum[i][j];
         }
     } else {
       constexpr int kEdge = kPixels == kLarge.pixels ? 32 : 16;  // of a warp's part
@@ -234,20 +254,31 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       const int filter_of = warp / (kPixels / kEdge) * kEdge;
       float sum[kRows][kColumns][4] = {};
       walk([&](const T* x_tile, const T* w_tile) {
-        const T* const rows =
-            kNhwc ? x_tile + pixel_of * Tile::kXPitch : w_tile + filter_of * Tile::kRowPitch;
+
 #pragma unroll
         for (int c = 0; c < kDepth; c += 16) {
           uint32_t a[kRows][4];
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            ldmatrix_x4(a[i], rows + (i * 16 + lane % 16) * Tile::kRowPitch + c + lane / 16 * 8);
+          for (int i = 0; i < kRows; ++i) {
+            const int row = i * 16 + lane % 16, depth = c + lane / 16 * 8;
+            if constexpr (kNhwc) {
+              ldmatrix_x4(a[i], x_tile + (pixel_of + row) * Tile::kXPitch + depth);
+            } else if constexpr (kInnermost) {  // the quarters of [c][filter]: down, then across
+              ldmatrix_x4_trans(a[i], w_tile + (depth + lane % 8) * Tile::kWPitch + filter_of +
+                                          i * 16 + lane / 8 % 2 * 8);
+            } else {
+              ldmatrix_x4(a[i], w_tile + (filter_of + row) * Tile::kWPitch + depth);
+            }
+          }
 #pragma unroll
           for (int j = 0; j < kColumns; j += 2) {
             uint32_t b[4];
-            if (kNhwc) {
+            if constexpr (kNhwc && kInnermost) {
+              ldmatrix_x4_trans(
+                  b, w_tile + (c + lane % 16) * Tile::kWPitch + filter_of + j * 8 + lane / 16 * 8);
+            } else if constexpr (kNhwc) {
               const int filter = filter_of + j * 8 + lane % 8 + lane / 16 * 8;
-              ldmatrix_x4(b, w_tile + filter * Tile::kRowPitch + c + lane / 8 % 2 * 8);
+              ldmatrix_x4(b, w_tile + filter * Tile::kWPitch + c + lane / 8 % 2 * 8);
             } else {
               ldmatrix_x4_trans(
                   b, x_tile + (c + lane % 16) * Tile::kXPitch + pixel_of + j * 8 + lane / 16 * 8);
@@ -302,16 +333,17 @@ int copy_width(const void* base, int64_t run, int64_t pitch) {
   return 1;
 }
 
-template <typename T, bool kNhwc, int kPixels, int kFilters, int kWarps>
+template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters, int kWarps>
 cudaError_t launch_tiled(const PointwiseConv2dParams& params, Plan plan, cudaStream_t stream) {
   plan.pixel_tiles = ceil_div(plan.pixels, kPixels);
   plan.work = plan.pixel_tiles * ceil_div(params.shape.k, kFilters);
-  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kNhwc, kPixels, kFilters, kWarps>), grid_size(plan.work),
-              kWarps * 32, (Tiles<T, kNhwc, kPixels, kFilters>::kBytes), stream, params, plan);
+  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kNhwc, kInnermost, kPixels, kFilters, kWarps>),
+              grid_size(plan.work), kWarps * 32,
+              (Tiles<T, kNhwc, kInnermost, kPixels, kFilters>::kBytes), stream, params, plan);
   return cudaGetLastError();
 }
 
-template <typename T, bool kNhwc>
+template <typename T, bool kNhwc, bool kInnermost>
 cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
   DeviceLimits limits{};
@@ -328,14 +360,27 @@ cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stre
   plan.x_width = kNhwc || dense ? copy_width<T>(params.x, kNhwc ? s.c : plan.area, plan.x.n) : 1;
   plan.x.h *= s.stride_h;
   plan.x.w *= s.stride_w;
-  plan.w_width =
-      params.weight_stride[1] == 1 ? copy_width<T>(params.weight, s.c, params.weight_stride[0]) : 1;
-  const int64_t large = ceil_div(plan.pixels, kLarge.pixels) * ceil_div(s.k, kLarge.filters);
-  return large >= limits.sm_count && s.k > kSmall.filters
-             ? launch_tiled<T, kNhwc, kLarge.pixels, kLarge.filters, kLarge.warps>(params, plan,
-                                                                                   stream)
-             : launch_tiled<T, kNhwc, kSmall.pixels, kSmall.filters, kSmall.warps>(params, plan,
-                                                                                   stream);
+  const int64_t* const strides = params.weight_stride;
+  plan.w_width = strides[kInnermost ? 0 : 1] == 1
+                     ? copy_width<T>(params.weight, kInnermost ? s.k : s.c, strides[kInnermost])
+                     : 1;
+  constexpr TileShape L = kLarge, S = kSmall;
+  const int64_t large = ceil_div(plan.pixels, L.pixels) * ceil_div(s.k, L.filters);
+  return large >= limits.sm_count && s.k > S.filters
+             ? launch_tiled<T, kNhwc, kInnermost, L.pixels, L.filters, L.warps>(params, plan,
+                                                                                stream)
+             : launch_tiled<T, kNhwc, kInnermost, S.pixels, S.filters, S.warps>(params, plan,
+                                                                                stream);
+}
+
+template <typename T>
+cudaError_t launch(const PointwiseConv2dParams& params, cudaStream_t stream) {
+  const bool innermost = params.weight_stride[0] == 1 && params.weight_stride[1] != 1;
+  if (params.layout == Layout::kNHWC)
+    return innermost ? launch_layout<T, true, true>(params, stream)
+                     : launch_layout<T, true, false>(params, stream);
+  return innermost ? launch_layout<T, false, true>(params, stream)
+                   : launch_layout<T, false, false>(params, stream);
 }
 
 }  // namespace
@@ -347,9 +392,7 @@ int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream) {
     return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
   return with_storage(params.dtype, [&](auto storage) {
-    using T = typename decltype(storage)::type;
-    return params.layout == Layout::kNHWC ? launch_layout<T, true>(params, on)
-                                          : launch_layout<T, false>(params, on);
+    return launch<typename decltype(storage)::type>(params, on);
   });
 }
 

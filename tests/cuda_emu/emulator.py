@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.ops import pattern
 from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
@@ -78,6 +80,15 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
+class PatternParams(ConvParams):
+    """Mirror of ``PatternConv2dParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in pattern.NAMES),
+        ("filter_groups", ctypes.c_int64),
+    ]
+
+
 class WinogradParams(ConvParams):
     """Mirror of ``WinogradConv2dParams``."""
 
@@ -114,50 +125,61 @@ def build(
     output: Path,
     *,
     flags: tuple[str, ...] = OPTIMIZED,
-    edits: Mapping[str, tuple[str, str]] | None = None,
+    edits: Mapping[str, tuple[str, str] | list[tuple[str, str]]] | None = None,
 ) -> Path:
     """Compile harness and kernels into one shared library.
 
     Args:
         output: path of the library; its folder takes edited copies of the sources.
         flags: optimization and sanitizers.
-        edits: {file name: (text, replacement)}; the text must occur exactly once. Only a copy is
-            edited: this is how the tests plant faults.
+        edits: {file name: (text, replacement), or several}; the text must occur exactly once. Only
+            a copy is edited: this is how the tests plant faults.
 
     Returns:
         `output`.
     """
     edits = edits or {}
     folder = output.parent / (output.stem + "_src")
-    for name, (text, replacement) in edits.items():
+    for name, pairs in edits.items():
         source = (CSRC / "cuda" / name).read_text()
-        assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+        for text, replacement in pairs if isinstance(pairs, list) else [pairs]:
+            assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+            source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
-        (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    objects = []
-    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or not edits.keys().isdisjoint(_includes(path)):
-            copy = folder / "cuda" / path.name
-            source_path = copy if copy.exists() else path
-            compiled = output.parent / f"{path.stem}.o"
-            objects.append(_compile(source_path, compiled, flags, folder))
-        else:
-            objects.append(_sound_object(path, flags))
+        (folder / "cuda" / name).write_text(source)
+
+    def compiled(path: Path) -> Path:
+        if path.name not in edits and not _includes(path, edits):
+            return _sound_object(path, flags)
+        copy = folder / "cuda" / path.name
+        source_path = copy if copy.exists() else path
+        return _compile(source_path, output.parent / f"{path.stem}.o", flags, folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+        objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
 
 
-@functools.cache
-def _includes(source: Path) -> frozenset[str]:
-    """Names of the files of csrc/cuda that a source includes, directly or not."""
-    names = set(re.findall(r'#include "cuda/([^"]+)"', source.read_text()))
-    return frozenset(names).union(*(_includes(CSRC / "cuda" / name) for name in names))
+def _includes(source: Path, names: Mapping[str, object]) -> bool:
+    """Whether a source includes one of the product's CUDA headers, directly or not."""
+    headers = re.findall(r'#include "cuda/([^"]+)"', source.read_text())
+    return any(h in names or _includes(CSRC / "cuda" / h, names) for h in headers)
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:
     """One object file; folders in `first` are searched for headers before the product's."""
     include = [f"-I{folder}" for folder in (*first, CSRC, HERE)]
     _run("-x", "c++", *_FLAGS, *flags, *include, "-c", str(source), "-o", str(output))
+    return output
+
+
+def build_one(source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one file of the tests' own into a library beside it."""
+    output = source.with_suffix(".so")
+    compiled = _compile(source, source.with_suffix(".o"), flags)
+    _run(*flags, "-shared", str(compiled), "-o", str(output))
     return output
 
 
@@ -171,8 +193,8 @@ def _objects_folder() -> Path:
 @functools.cache
 def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of an unedited source, compiled once per process."""
-    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
-    return _compile(source, _objects_folder() / name, flags)
+    name = "_".join((source.stem, *flags)).replace("/", "_")
+    return _compile(source, _objects_folder() / f"{name}.o", flags)
 
 
 def _run(*arguments: str) -> None:
@@ -209,6 +231,8 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
+        self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
         self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
@@ -217,23 +241,34 @@ class Emulator:
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
         assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
     def set_device(
-        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+        self,
+        sm_count: int = 4,
+        smem_bytes: int = 227 * 1024,
+        max_grid: int = 2**31 - 1,
+        clusters: bool = True,
     ) -> None:
         """What the launchers are told about the GPU; it steers their choice of kernel.
 
         With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
         """
         self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
+        self._lib.emu_set_clusters(int(clusters))
 
     @property
     def launches(self) -> int:
         """Kernels launched so far."""
         return int(self._lib.emu_launches())
+
+    @property
+    def cluster(self) -> int:
+        """Blocks per cluster of the last launch."""
+        return int(self._lib.emu_cluster())
 
     @property
     def kernel(self) -> str:
@@ -273,12 +308,12 @@ class Emulator:
         self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
         return d
 
-    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor, selector: int) -> Tensor:
         """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
         a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
         bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
-        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        a_, b_, words, d_ = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, metadata, d))
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, a_, b_, words, selector, d_))
         return d
 
     def divergent_barrier(self) -> None:
@@ -326,6 +361,33 @@ class Emulator:
         y = _poisoned(problem)
         weight = problem.weight.to(problem.case.dtype).contiguous()
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
+        return y
+
+    def pattern_raw(self, params: PatternParams) -> None:
+        """pattern_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pattern_conv2d(ctypes.byref(params)))
+
+    def pattern(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d; the output starts as NaN."""
+        y = _poisoned(packed.problem)
+        self.pattern_raw(pattern_params(packed, y))
+        return y
+
+    def pattern_2_4_workspace(self, params: PatternParams) -> int:
+        """Bytes that pattern_conv2d_2_4 wants, 0 where it does not apply."""
+        return int(self._lib.emu_pattern_conv2d_2_4_workspace_bytes(ctypes.byref(params)))
+
+    def pattern_2_4_raw(self, params: PatternParams, workspace: Tensor) -> None:
+        """pattern_conv2d_2_4 on a parameter block; raises as `forward_raw`."""
+        pointer = ctypes.c_void_p(workspace.data_ptr())
+        self._raise(self._lib.emu_pattern_conv2d_2_4(ctypes.byref(params), pointer))
+
+    def pattern_2_4(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d_2_4; output and workspace start as NaN."""
+        y = _poisoned(packed.problem)
+        params = pattern_params(packed, y)
+        words = self.pattern_2_4_workspace(params) // 8
+        self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
         return y
 
     def winograd_raw(self, params: WinogradParams) -> None:
@@ -380,6 +442,13 @@ class Emulator:
             )
         )
         return result
+
+
+def pattern_params(packed: pattern.PatternProblem, y: Tensor) -> PatternParams:
+    """The block of a problem, which has to outlive it."""
+    pointers = zip(pattern.NAMES, (array.data_ptr() for array in packed.arrays), strict=True)
+    groups = packed.arrays[3].numel() - 1
+    return PatternParams(**_common(packed.problem, y), **dict(pointers), filter_groups=groups)
 
 
 def _poisoned(problem: Problem) -> Tensor:
