@@ -12,21 +12,21 @@
 //   winograd_conv2d_mma     winograd_conv2d_mma.cu: m = 2 in 16 bits, on tensor cores,
 //   winograd_conv2d_sparse  winograd_conv2d_sparse.cu: weights in CSR.
 //
-// Dense kernel. A block owns kFilters filters of one group and kTiles tiles, as numbered in
-// winograd_tiles.cuh, all their taps: m = 2: 32 filters x 32 tiles x 16 taps, m = 4: 32 x 16 x 36,
-// 64 sums a thread either way. A warp owns 2 or 4 taps, and of each a lane kFilters / 8 filters x
-// kTiles / 4 tiles (4 x 8, 4 x 4): the outer product of a channel reads 3 (2) vectors of shared
-// memory for 32 (16) multiply-adds. The block walks the channels in chunks of 8: the transformed
-// tiles and the weight of a chunk lie in shared memory, the weight copied asynchronously a chunk
-// ahead; m = 2 also reads the next pixels ahead, into registers. At the end the taps meet in shared
-// memory, 8 filters at a time.
+// Dense kernel. A block owns 32 filters of one group, all their taps and 32 (m = 2) or 16 (m = 4)
+// tiles, as numbered in winograd_tiles.cuh. A warp owns 2 (6) taps, and of each a lane 4 filters x
+// 8 (4) tiles: 64 (96) sums, and the outer product of a channel reads 3 (2) vectors of shared
+// memory for 32 (16) multiply-adds. The block walks the channels in chunks of 4 to 16: the
+// transformed tiles and the weight of a chunk lie in shared memory, the weight copied
+// asynchronously a chunk ahead; m = 2 also reads the next pixels ahead, into registers. At the end
+// the taps meet in shared memory, 8 filters at a time.
 //
 // Few tiles: 8 filters x 16 tiles, so that four or eight times as many blocks share the work.
 //
 // Bound (derived): multiply-adds. A chunk of m = 2 takes 512 multiply-adds of a thread against some
-// 100 instructions for its tile; 78 KB and 128 registers leave two blocks to an SM, one multiplies
-// while the other waits. Each slab of 32 filters transforms the tiles again, out of L2. Sums are
-// float, one chain of fused multiply-adds by ascending channels. GPU timings have not been taken.
+// 100 instructions for its tile; 78 KB and 128 registers (58 to 70 KB and 168 with 192 threads)
+// leave two blocks to an SM, one multiplies while the other waits. Each slab of 32 filters
+// transforms the tiles again, out of L2. Sums are float, one chain of fused multiply-adds by
+// ascending channels. GPU timings have not been taken.
 //
 // Papers: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016; Yan et al.,
 // "Optimizing Batched Winograd Convolution on GPUs", PPoPP 2020 (the block of a fused kernel).

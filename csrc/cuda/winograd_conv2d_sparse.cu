@@ -14,14 +14,20 @@
 // linear: its first pass takes what a chunk gave for tap (i, j) to the M sums z[.][j] at once, M
 // multiply-adds a row of a chunk, and 8 (24) registers remain.
 //
-//   m = 2: 4 filters x 2 tiles a lane, 8 warps, 64 sums, two blocks to an SM
-//   m = 4: 2 filters x 1 tile, 16 warps, 48 sums, one block to an SM with 32 channels a chunk
-//   few tiles: a filter and a tile a lane, 8 warps
+//   m = 2: 4 filters x 2 tiles a lane, 16 warps, 64 sums
+//   m = 4: 2 filters x 1 tile a lane, 16 warps, 48 sums
+//   few tiles: a filter and a tile a lane, 8 warps, two blocks to an SM
 //
-// Bound (derived): shared memory. A stored value costs a warp one broadcast and kPer words a lane,
-// of which an SM delivers 32 a clock: 2 / 3 (m = 2) and 1 / 2 multiply-adds of a lane a clock, a
-// sixth and an eighth of the float peak; each transformed tile is made once for 32 filters, as much
-// arithmetic as about 3 stored values a tap. GPU timings have not been taken.
+// Wide blocks have an SM for themselves: what a row of a chunk costs beside its entries (to fetch
+// them, to find where they end, the first pass of the inverse transform: some 25 instructions) is
+// shared by the more of them the longer the chunk, 32 channels in 160 to 190 KB.
+//
+// Bound (derived): with many entries shared memory. A stored value costs a warp one broadcast and
+// kPer words a lane, of which an SM delivers 32 a clock: 2 / 3 (m = 2) and 1 / 2 multiply-adds of a
+// lane a clock, a sixth and an eighth of the float peak. With few entries the instructions: of 32
+// channels and 64 (32) tiles a row takes 25 + 4 (3) a stored value, where the dense kernel takes 70
+// (38): at 90 % zeros 1.9 and 1.1 times fewer, at 95 % 2.2 and 1.3. GPU timings have not been
+// taken.
 //
 // Papers: Liu et al., "Efficient Sparse-Winograd Convolutional Neural Networks", ICLR 2018; Park et
 // al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017.
@@ -250,11 +256,11 @@ cudaError_t launch(const WinogradConv2dParams& params, cudaStream_t stream) {
   DeviceLimits limits{};
   const cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const int tiles = params.tile == 2 ? 64 : 32;
+  const int tiles = params.tile == 2 ? 64 : 32, filters = params.tile == 2 ? 64 : 32;
   const bool wide = params.shape.filters_per_group() > 8 &&
-                    winograd_plan<T>(params, 32, tiles).work >= limits.sm_count;
+                    winograd_plan<T>(params, filters, tiles).work >= limits.sm_count;
   if (params.tile == 2) {
-    return wide ? launch_sparse<T, 2, 4, 2, 8>(params, limits, stream)
+    return wide ? launch_sparse<T, 2, 4, 2, 16>(params, limits, stream)
                 : launch_sparse<T, 2, 1, 1, 8>(params, limits, stream);
   }
   return wide ? launch_sparse<T, 4, 2, 1, 16>(params, limits, stream)

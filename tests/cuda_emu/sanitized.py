@@ -52,7 +52,7 @@ def main() -> None:
         packed = pack(build(case.but(layout=layout, dtype=dtype)), *CUTS[index % len(CUTS)])
         packed.problem.check(emu.pattern(packed))
         count += 1
-    for number, case in enumerate(cases.WINOGRAD):
+    for number, case in enumerate(cases.WINOGRAD[1:16:2]):
         for turn, (tile, sparse) in enumerate(KINDS):
             emu.set_device(1 if (number + turn) % 2 else 1000)
             layout = "channels_last" if (number + turn // 2) % 2 else "contiguous"

@@ -39,7 +39,7 @@ def test_integers_are_exact(emu: Emulator) -> None:
             check(emu, make(case.but(layout=LAYOUTS[(number + turn // 2) % 2]), tile, sparse))
             kernels.add(emu.kernel)
     dense = {"2, 32, 32", "2, 8, 16", "4, 32, 16", "4, 8, 16"}
-    sparse_ = {"2, 4, 2, 8", "2, 1, 1, 8", "4, 2, 1, 16", "4, 1, 1, 8"}
+    sparse_ = {"2, 4, 2, 16", "2, 1, 1, 8", "4, 2, 1, 16", "4, 1, 1, 8"}
     want = {f"launch_dense<float, {block}>" for block in dense}
     assert kernels == want | {f"launch_sparse<float, {block}>" for block in sparse_}
 
@@ -152,9 +152,7 @@ FAULTS = {
     ),
     "entries of a full batch left out": (SPARSE, ("} while (more);", "} while (false);")),
     "the buffer that is being read": (
-        MMA,
-        ("store_pairs<T>(pixels, own + (buffer ^ 1) * kInput);",
-         "store_pairs<T>(pixels, own + buffer * kInput);"),
+        MMA, ("own + (buffer ^ 1) * B::kInput", "own + buffer * B::kInput"),
     ),
     "the second channel of a pair": (MMA, ("if (pixel && second)", "if (pixel && !second)")),
 }  # fmt: skip
