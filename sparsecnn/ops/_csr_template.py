@@ -25,11 +25,12 @@ TEMPLATE = r"""// csr_conv2d for one weight matrix, whose values are operands of
 // Work is ordered by slabs: all multiprocessors run the same code at about the same time, and the
 // barriers between chunks keep a block's warps close, so that they share the instruction cache.
 //
-// Bound (derived): an SM issues 128 multiply-adds a clock and delivers 32 words of shared memory: a
-// column that feeds four entries or more leaves the multiply-adds as the limit. Slabs of 64 and 128
-// filters take 128 and 168 registers a thread, two blocks to an SM: one computes while the other
-// stages. A map with few pixels, or a batch of one, leaves most SMs without a block: the portable
-// kernel is made for those. GPU timings have not been taken: slabs, tile and chunk are reasoned.
+// Bound (derived): an SM issues 128 multiply-adds a clock and delivers 32 words of shared memory,
+// so a column that feeds four entries or more leaves the multiply-adds as the limit. Slabs of 64
+// and 128 filters take 128 and 168 registers a thread, two blocks to an SM: one computes while the
+// other stages. A map with few pixels, or a batch of one, leaves most SMs without a block: the
+// portable kernel is made for those. GPU timings have not been taken: slabs, tile and chunk are
+// reasoned.
 //
 // Paper: Wang, "SparseRT: Accelerating Unstructured Sparsity on GPUs for Deep Learning Inference",
 // PACT 2020.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -59,10 +59,15 @@ def _architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-@functools.lru_cache(maxsize=256)
-def _loaded(cubin: bytes, threads: int, smem_bytes: int, device: int) -> Function:
-    """One loaded kernel for equal weights on a device."""
-    return Function(cubin, _KERNEL, threads, smem_bytes, device)
+# Loaded kernels by hash of their code and device: equal weights share one.
+_functions: dict[tuple[bytes, int], Function] = {}
+
+
+def _loaded(cubin: bytes, source: Source, device: int) -> Function:
+    key = hashlib.sha256(cubin).digest(), device
+    if key not in _functions:
+        _functions[key] = Function(cubin, _KERNEL, source.threads, source.smem_bytes, device)
+    return _functions[key]
 
 
 def _launcher(
@@ -71,7 +76,7 @@ def _launcher(
     """Compile and load: what launches the kernel on the current stream, and a description."""
     try:
         cubin = cubin_of(source.text, architecture)
-        function = _loaded(cubin, source.threads, source.smem_bytes, device.index)
+        function = _loaded(cubin, source, device.index)
     except (NvrtcError, DriverError) as error:
         raise Unsuitable(str(error)) from error
 
