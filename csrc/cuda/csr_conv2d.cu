@@ -49,11 +49,13 @@
 // against 0.56 in half precision, where the unpacking binds. (A read of the same 16 bytes by all
 // lanes is counted as one access; should it be four, add 0.19.) Words of neighbouring lanes lie
 // side by side, and pitch and phases (see the plan) keep lanes off each other's banks except in
-// some strided tiles, which the plan counts double. Not done: one load for two filters with the
-// same column. Columns coincide with the density as probability, so that at 90 % sparsity two
-// filters' union saves 5 % of the loads (density / 2) and costs a test or a wasted multiply-add on
-// the other 95 %. GPU timings have not been taken: shapes, budgets and the estimate in the plan are
-// reasoned.
+// some strided tiles, which the plan counts double.
+//
+// Not done: one load for two filters with the same column. Columns coincide with the density as
+// probability, so that at 90 % sparsity two filters' union saves 5 % of the loads (density / 2) and
+// costs a test or a wasted multiply-add on the other 95 %.
+//
+// GPU timings have not been taken: shapes, budgets and the estimate in the plan are reasoned.
 //
 // Papers: Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017
 // (direct sparse convolution, offsets instead of im2col); Chen, "Escoin", arXiv:1802.10280 (on

@@ -72,15 +72,16 @@ __device__ __forceinline__ void stage_chunk(const T* __restrict__ x, const Stage
   }
 }
 
-// Shared memory: the item, slots, filters of the rows, scan, the warps' batches of columns; by the
-// plan the offsets of columns, staged pixels and two tiles.
-template <int kRows, int kSlots, int kWarps>
+// Shared memory: slots, filters of the rows, scan, places of the outputs, the warps' batches of
+// columns; by the plan the offsets of columns, staged pixels and two tiles.
+template <int kPixels, int kRows, int kSlots, int kWarps>
 struct TiledShape {
   static constexpr int slots = kSlots * kWarps, rows = slots * kRows, threads = 32 * kWarps;
-  static constexpr int slots_at = sizeof(SharedItem);
-  static constexpr int out_at = slots_at + slots * static_cast<int>(sizeof(FilterSlot));
+  static constexpr int pixels = 32 * kPixels;
+  static constexpr int out_at = slots * static_cast<int>(sizeof(FilterSlot));
   static constexpr int scan_at = out_at + (4 * rows + 15) / 16 * 16;
-  static constexpr int batch_at = scan_at + 16 * kWarps;
+  static constexpr int outputs_at = scan_at + 16 * kWarps;
+  static constexpr int batch_at = outputs_at + 8 * pixels;
   static constexpr int batch_floats = 32 * kRows + 32;
   static constexpr int table_at = batch_at + 4 * kWarps * batch_floats;
 };
@@ -94,13 +95,14 @@ constexpr int blocks_per_sm(int sums, int threads) {
 template <typename T, int kPixels, int kRows, int kSlots, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * kSlots, kWarps * 32))
     pattern_conv2d_tiled(const PatternConv2dParams prm, const PatternPlan t) {
-  using Shape = TiledShape<kRows, kSlots, kWarps>;
+  using Shape = TiledShape<kPixels, kRows, kSlots, kWarps>;
   constexpr int kThreads = Shape::threads, kColumns = 32 / kRows;  // columns of 32 values
   DYN_SMEM(char, smem);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
+  int64_t* outputs = reinterpret_cast<int64_t*>(smem + Shape::outputs_at);
   float* batch = reinterpret_cast<float*>(smem + Shape::batch_at) + warp * Shape::batch_floats;
   int32_t* offsets = reinterpret_cast<int32_t*>(batch + 32 * kRows);
   int32_t* table = reinterpret_cast<int32_t*>(smem + t.table_at);
@@ -125,9 +127,7 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
     find_slots<kThreads, Shape::slots, kRows>(prm, row_begin, row_begin + t.filters,
                                               item.slab * Shape::slots, slots, out, scan);
     if (slots[0].rows == 0) continue;  // fewer slots than the host had to expect
-    locate_pixels<kThreads>(t, item, pixels);
-    SharedItem* const kept = reinterpret_cast<SharedItem*>(smem);
-    if (threadIdx.x == 0) kept->item = item;
+    locate_pixels<kThreads, Shape::pixels>(t, item, pixels, outputs);
 
     // Of each slot the next column of this lane, and of 32 / kRows columns each the value of row
     // lane % kRows; kNoColumn behind the last.
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
     }
 
     // Outputs leave through the tile, 32 pixels of all rows at a time (33 words a row: no bank
-    // conflict either way), so that neighbouring threads write neighbouring elements.
+    // conflict either way).
     for (int i = 0; i < kPixels; ++i) {
       __syncthreads();
 #pragma unroll
@@ -219,14 +219,8 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
           tiles[((warp * kSlots + j) * kRows + r) * 33 + lane] = mine;
         }
       __syncthreads();
-#pragma unroll 1
-      for (int o = threadIdx.x; o < Shape::rows * 32; o += kThreads) {
-        const int row = t.channels_last ? o % Shape::rows : o / 32;
-        const int pixel = t.channels_last ? o / Shape::rows : o % 32;
-        const int64_t at = output_at(t, kept->item, i * 32 + pixel);
-        const int64_t k = out[row];
-        if (at >= 0 && k >= 0) store_output<T>(prm, tiles[row * 33 + pixel], k, at + k * t.y_k);
-      }
+      store_sums<T, kThreads, Shape::rows, 32>(prm, t, tiles, 33, out,
+                                               [&](int pixel) { return outputs[i * 32 + pixel]; });
     }
   }
 }
@@ -238,8 +232,8 @@ __global__ void __launch_bounds__(kDirectWarps * 32)
     pattern_conv2d_direct(const PatternConv2dParams prm, const TensorStrides xs,
                           const TensorStrides ys, int64_t work) {
   DYN_SMEM(char, smem);
-  using Shape = TiledShape<1, 1, kDirectWarps>;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
+  using Shape = TiledShape<1, 1, 1, kDirectWarps>;
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
   const ConvShape& s = prm.shape;
@@ -303,7 +297,7 @@ cudaError_t launch_direct(const PatternConv2dParams& params, cudaStream_t stream
   const int64_t spans = ceil_div(s.p * s.q, kDirectPixels * kWarpLanes);
   const int64_t work = s.n * spans * ceil_div(s.k, kDirectWarps);
   CUDA_LAUNCH((pattern_conv2d_direct<T>), grid_size(work), kDirectWarps * 32,
-              (TiledShape<1, 1, kDirectWarps>::batch_at), stream, params,
+              (TiledShape<1, 1, 1, kDirectWarps>::outputs_at), stream, params,
               strides_of(params.layout, s.c, s.h, s.w), strides_of(params.layout, s.k, s.p, s.q),
               work);
   return cudaGetLastError();
@@ -314,7 +308,7 @@ cudaError_t launch_direct(const PatternConv2dParams& params, cudaStream_t stream
 template <typename T, int kPixels, int kRows, int kSlots, int kWarps>
 bool launch_tiled(const PatternConv2dParams& params, int64_t budget, int64_t enough,
                   cudaStream_t stream, cudaError_t* error) {
-  using Shape = TiledShape<kRows, kSlots, kWarps>;
+  using Shape = TiledShape<kPixels, kRows, kSlots, kWarps>;
   constexpr PatternBlock kBlock{kPixels * 32, Shape::slots, kRows, 32};
   const auto fit = [&](PatternPlan* t) {
     // Odd, so that lanes along the channels (channels last) meet no bank conflict either.

@@ -31,11 +31,6 @@ struct PatternItem {
   int64_t n, group, p0, q0, slab;
 };
 
-// It waits in shared memory for the outputs: registers are for their sums.
-struct alignas(16) SharedItem {
-  PatternItem item;
-};
-
 __device__ __forceinline__ PatternItem pattern_item(const PatternPlan& t, int64_t work,
                                                     int tile_pixels) {
   PatternItem item;
@@ -108,10 +103,16 @@ __device__ __forceinline__ void find_slots(const PatternConv2dParams& prm, int64
   __syncthreads();
 }
 
-// Fills the table of staged pixels of an item; visible to others after the next barrier.
-template <int kThreads>
+// Fills the tables of an item's staged pixels and of where its outputs go, but for their channel:
+// -1 outside of the image. Visible to others after the next barrier.
+template <int kThreads, int kPixels>
 __device__ __forceinline__ void locate_pixels(const PatternPlan& t, const PatternItem& item,
-                                              StagedPixel* pixels) {
+                                              StagedPixel* pixels, int64_t* outputs) {
+  for (int o = threadIdx.x; o < kPixels; o += kThreads) {
+    const int64_t p = item.p0 + (o >> t.tile_q_log2);
+    const int64_t q = item.q0 + (o & ((1 << t.tile_q_log2) - 1));
+    outputs[o] = p < t.p && q < t.q ? item.n * t.y_n + p * t.y_p + q * t.y_q : -1;
+  }
   const int64_t row0 = item.p0 * t.stride_h - t.pad_top, col0 = item.q0 * t.stride_w - t.pad_left;
   for (int i = threadIdx.x; i < t.area; i += kThreads) {
     const int row = i / t.staged_w, col = i - row * t.staged_w;
@@ -134,11 +135,32 @@ __device__ __forceinline__ int tap_places(const PatternPlan& t, int tap) {
   return r * t.dil_row + shift % t.phases * t.phase_w + shift / t.phases;
 }
 
-// Where output `o` of the tile goes, but for its channel; -1 outside of the image.
-__device__ __forceinline__ int64_t output_at(const PatternPlan& t, const PatternItem& item, int o) {
-  const int64_t p = item.p0 + (o >> t.tile_q_log2);
-  const int64_t q = item.q0 + (o & ((1 << t.tile_q_log2) - 1));
-  return p < t.p && q < t.q ? item.n * t.y_n + p * t.y_p + q * t.y_q : -1;
+// Writes sums of [row][pixel], `pitch` floats apart, to y: neighbouring threads write neighbouring
+// elements, and each keeps its row (channels last) or its pixel. place(pixel) is where a pixel
+// goes.
+template <typename T, int kThreads, int kRows, int kPixels, class Place>
+__device__ __forceinline__ void store_sums(const PatternConv2dParams& prm, const PatternPlan& t,
+                                           const float* sums, int pitch, const int32_t* out,
+                                           Place place) {
+  static_assert(kThreads % kRows == 0 && kThreads % kPixels == 0);
+  if (t.channels_last) {
+    const int row = threadIdx.x % kRows, k = out[row];
+    if (k < 0) return;
+#pragma unroll 2
+    for (int pixel = threadIdx.x / kRows; pixel < kPixels; pixel += kThreads / kRows) {
+      const int64_t at = place(pixel);
+      if (at >= 0) store_output<T>(prm, sums[row * pitch + pixel], k, at + k);
+    }
+    return;
+  }
+  const int pixel = threadIdx.x % kPixels;
+  const int64_t at = place(pixel);
+  if (at < 0) return;
+#pragma unroll 2
+  for (int row = threadIdx.x / kPixels; row < kRows; row += kThreads / kPixels) {
+    const int k = out[row];
+    if (k >= 0) store_output<T>(prm, sums[row * pitch + pixel], k, at + k * t.y_k);
+  }
 }
 
 }  // namespace sparsecnn::cuda

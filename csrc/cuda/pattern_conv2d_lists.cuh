@@ -1,10 +1,17 @@
-// How the teams of pattern_conv2d_mma.cu order the columns of their filter groups, on the device.
+// What the teams of pattern_conv2d_mma.cu prepare on the device: the staged tile, the pieces that
+// they work on, and the order of their columns.
 #pragma once
+#include "cuda/mma.cuh"
 #include "cuda/pattern_conv2d_blocks.cuh"
 
 namespace sparsecnn::cuda {
 
 inline constexpr int kEight = 8;  // filters, channels: half types in 16 bytes
+
+template <typename T>
+struct alignas(16) Vector8 {
+  T v[kEight];
+};
 
 struct alignas(16) Entries4 {
   int32_t v[4];
@@ -32,6 +39,39 @@ __device__ __forceinline__ Piece piece_of(const FilterSlot* slots, int piece) {
     found.end = o + 1;
   }
   return found;
+}
+
+// Copies one chunk of channels into a tile of [place][channel], zeros in the padding. `x` is the
+// chunk's first channel of the image.
+template <typename T, int kThreads>
+__device__ __forceinline__ void stage_octets(const T* __restrict__ x, const StagedPixel* pixels,
+                                             T* tile, const PatternPlan& t, int channels) {
+  const auto stage = [&](int pixel, int octet) {
+    const StagedPixel from = pixels[pixel];
+    T* to = tile + from.place * t.pixel_pitch + octet * kEight;
+    const bool inside = from.at >= 0;
+    const T* first = x + (inside ? from.at + octet * kEight * t.x_c : 0);
+    if (t.input_vectors) {
+      copy_async<16>(to, first, inside);
+      return;
+    }
+    const int left = inside ? channels - octet * kEight : 0;
+    Vector8<T> all;
+#pragma unroll
+    for (int v = 0; v < kEight; ++v) all.v[v] = v < left ? first[v * t.x_c] : from_float<T>(0.f);
+    *reinterpret_cast<Vector8<T>*>(to) = all;
+  };
+  const int octets = (channels + kEight - 1) / kEight;
+  if (t.channels_last) {  // lanes along the channels
+    int lanes = 1;
+    while (lanes < octets) lanes *= 2;
+    const int octet = threadIdx.x & (lanes - 1);
+    if (octet >= octets) return;
+    for (int i = threadIdx.x / lanes; i < t.area; i += kThreads / lanes) stage(i, octet);
+    return;
+  }
+  for (int octet = 0; octet < octets; ++octet)
+    for (int i = threadIdx.x; i < t.area; i += kThreads) stage(i, octet);
 }
 
 // Turns the inverse map into a list, by one warp, and clears the map. Item (tap, octet) of the map

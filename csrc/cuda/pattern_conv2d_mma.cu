@@ -12,21 +12,23 @@
 // The input channels are walked in chunks. All threads stage the chunk's input tile with its halo,
 // [place][channel], whole sectors whichever columns are kept: 16-byte asynchronous copies where the
 // layout allows. For each chunk and piece a team then
-//   - scatters the piece's columns of the chunk into an inverse map [tap][channel] and
+//   - scatters the piece's columns of the chunk into an inverse map [tap][channel], a step ahead,
 //   - lists them: first the octets of channels of a tap that are all kept (in the weight's order
 //     their columns are R * S apart), then the others, dealt to the four lanes that load at once by
-//     the channel pair within its octet, which is the bank they read: see list_columns;
+//     the channel pair within its octet, which is the bank they read: see list_columns; and
 //   - copies the columns' values in the order of the list, kRound at a time and one batch ahead.
 // An octet of channels is an operand row of 16 bytes for ldmatrix, straight from the tile; other
 // columns are loaded element by element and packed. Neither meets a bank conflict but for columns
 // dealt to a foreign lane. Every loaded input serves all filters of the piece, at most 64, and a
 // column that is not kept is never read as an operand: infinities stay where they are.
 //
-// Bound (derived): a product of 16 pixels x 64 filters x 16 columns takes 8 instructions of the
-// tensor core, 16 of shared memory for the columns' values per kM of them, and 8 for its inputs one
-// by one or 2 by ldmatrix. With kM = 4 that is 12 or 6 of the 8 * 16 / 4 = 32 clocks in which the
-// four tensor cores of an SM issue: the tensor cores bind where whole octets are kept. Of device
-// memory the input once for every 64 * kTeams filters. GPU timings have not been taken.
+// Bound (derived): 64 outputs x 64 filters x 16 columns of a warp are 32 products of 8 * 16 * 16
+// multiply-adds, 128 clocks of one of the four tensor cores of an SM at the peak rate. Their
+// operands take 16 clocks of shared memory for the values and 16 for the inputs in whole octets or
+// 32 one by one: for four warps 128 or 192 clocks, so that shared memory and tensor cores are
+// balanced where whole octets are kept and shared memory binds at two thirds of the peak where none
+// is. Of device memory (L2) a block reads its input once for all its 64 * kTeams filters. GPU
+// timings have not been taken.
 //
 // Papers: Mao et al., CVPR workshops 2017; Chen et al., "Efficient tensor core-based GPU kernels
 // for structured sparsity under reduced precision", SC 2021 (vectors on tensor cores).
@@ -36,11 +38,6 @@
 namespace sparsecnn::cuda {
 namespace {
 
-template <typename T>
-struct alignas(16) Vector8 {
-  T v[kEight];
-};
-
 template <int M, int Octets, int Teams, int Span, int Split>
 struct MmaShape {
   static constexpr int kM = M, kOctets = Octets, kTeams = Teams, kSpan = Span, kSplit = Split;
@@ -49,64 +46,32 @@ struct MmaShape {
   static constexpr int round = kOctets > 2 ? 64 : 128;  // columns whose values lie in one buffer
   static constexpr int value_pitch = 8 * kOctets + 8;   // odd in units of 16 bytes
   static constexpr int value_elements = round * value_pitch;
-  // Shared memory: the item, slots, filters of the rows, scan, cursors, list headers, values; by
-  // the plan lists, inverse maps, staged pixels, tiles.
-  static constexpr int slots_at = sizeof(SharedItem);
-  static constexpr int out_at = slots_at + slots * static_cast<int>(sizeof(FilterSlot));
+  // Shared memory: slots, filters of the rows, scan, places of the outputs, cursors, list headers,
+  // values; by the plan lists, inverse maps, staged pixels, tiles.
+  static constexpr int out_at = slots * static_cast<int>(sizeof(FilterSlot));
   static constexpr int scan_at = out_at + 4 * rows;
-  static constexpr int cursor_at = scan_at + 16 * (threads / 32);
+  static constexpr int outputs_at = scan_at + 16 * (threads / 32);
+  static constexpr int cursor_at = outputs_at + 8 * pixels;
   static constexpr int header_at = cursor_at + 4 * slots;
   static constexpr int values_at = (header_at + 2 * 8 * kTeams + 15) / 16 * 16;
   static constexpr int lists_at = values_at + 2 * 2 * kTeams * value_elements;
   static_assert(kOctets % 2 == 0 && threads % kEight == 0);
 };
 
-// Copies one chunk of channels into a tile of [place][channel], zeros in the padding. `x` is the
-// chunk's first channel of the image.
-template <typename T, int kThreads>
-__device__ __forceinline__ void stage_octets(const T* __restrict__ x, const StagedPixel* pixels,
-                                             T* tile, const PatternPlan& t, int channels) {
-  const auto stage = [&](int pixel, int octet) {
-    const StagedPixel from = pixels[pixel];
-    T* to = tile + from.place * t.pixel_pitch + octet * kEight;
-    const bool inside = from.at >= 0;
-    const T* first = x + (inside ? from.at + octet * kEight * t.x_c : 0);
-    if (t.input_vectors) {
-      copy_async<16>(to, first, inside);
-      return;
-    }
-    const int left = inside ? channels - octet * kEight : 0;
-    Vector8<T> all;
-#pragma unroll
-    for (int v = 0; v < kEight; ++v) all.v[v] = v < left ? first[v * t.x_c] : from_float<T>(0.f);
-    *reinterpret_cast<Vector8<T>*>(to) = all;
-  };
-  const int octets = (channels + kEight - 1) / kEight;
-  if (t.channels_last) {  // lanes along the channels
-    int lanes = 1;
-    while (lanes < octets) lanes *= 2;
-    const int octet = threadIdx.x & (lanes - 1);
-    if (octet >= octets) return;
-    for (int i = threadIdx.x / lanes; i < t.area; i += kThreads / lanes) stage(i, octet);
-    return;
-  }
-  for (int octet = 0; octet < octets; ++octet)
-    for (int i = threadIdx.x; i < t.area; i += kThreads) stage(i, octet);
-}
-
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     pattern_conv2d_mma(const PatternConv2dParams prm, const PatternPlan t) {
   constexpr int kM = Shape::kM, kOctets = Shape::kOctets, kThreads = Shape::threads;
-  constexpr int kRoundSteps = Shape::round / 16;
+  constexpr int kRoundSteps = Shape::round / 16, kAhead = 2;
   DYN_SMEM(char, smem);
   const int lane = threadIdx.x % kWarpLanes, g = lane / 4, quad = lane % 4;
   const int team = threadIdx.x / Shape::team_threads;
   const int team_thread = threadIdx.x % Shape::team_threads, team_warp = team_thread / kWarpLanes;
   const int span = team_warp % Shape::kSpan, split = team_warp / Shape::kSpan;
-  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem + Shape::slots_at);
+  FilterSlot* slots = reinterpret_cast<FilterSlot*>(smem);
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
+  int64_t* outputs = reinterpret_cast<int64_t*>(smem + Shape::outputs_at);
   int32_t* cursor = reinterpret_cast<int32_t*>(smem + Shape::cursor_at);
   ListHeader* headers = reinterpret_cast<ListHeader*>(smem + Shape::header_at);
   T* value_tiles = reinterpret_cast<T*>(smem + Shape::values_at) + team * Shape::value_elements;
@@ -145,9 +110,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     find_slots<kThreads, Shape::slots, kEight>(prm, row_begin, row_begin + t.filters,
                                                item.slab * Shape::slots, slots, out, scan);
     if (slots[0].rows == 0) continue;  // fewer octets than the host had to expect
-    locate_pixels<kThreads>(t, item, pixels);
-    SharedItem* const kept = reinterpret_cast<SharedItem*>(smem);
-    if (threadIdx.x == 0) kept->item = item;
+    locate_pixels<kThreads, Shape::pixels>(t, item, pixels, outputs);
     for (int i = threadIdx.x; i < Shape::slots; i += kThreads) cursor[i] = slots[i].column;
     int pieces = 1;  // most of a team
     for (int i = 0, own = 0; i < Shape::slots; ++i) {
@@ -171,29 +134,45 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
       stage_octets<T, kThreads>(image + c0 * t.x_c, pixels, tile_of(chunk), t,
                                 left < t.chunk ? left : t.chunk);
     };
-    const auto list_step = [&](int step) {  // all threads; ends synchronized
-      const int chunk = step / pieces;
+    // The first columns of each thread are on their way while the warp multiplies.
+    int32_t ahead[kAhead];
+    const auto fetch_columns = [&](int step) {
       const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
-      const FilterSlot& slot = team_slots[piece.begin];
-      const int32_t column0 = chunk * t.chunk * t.taps;
-      if (piece.end > 0) {
-        int32_t* own_cursor = cursor + team * kOctets + piece.begin;
-        for (int32_t i = *own_cursor + team_thread; i < slot.column_end; i += Shape::team_threads) {
-          const int32_t column = prm.columns[i] - column0, c = column / t.taps;
-          if (c >= t.chunk) break;
-          map[(column - c * t.taps) * t.chunk + c] = i - slot.column;
-        }
+      const int32_t first = cursor[team * kOctets + piece.begin] + team_thread;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int32_t i = first + j * Shape::team_threads;
+        ahead[j] = i < team_slots[piece.begin].column_end ? prm.columns[i] : 0;
       }
-      __syncthreads();
-      ListHeader* header = header_of(step) + team;
+    };
+    const auto scatter_columns = [&](int step) {
+      const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
+      if (piece.end == 0) return;
+      const FilterSlot& slot = team_slots[piece.begin];
+      const int32_t column0 = step / pieces * t.chunk * t.taps;
+      int32_t i = cursor[team * kOctets + piece.begin] + team_thread;
+      const auto scatter = [&](int32_t column) {  // false behind the chunk's last
+        const int32_t c = (column - column0) / t.taps;
+        if (c >= t.chunk) return false;
+        map[(column - column0 - c * t.taps) * t.chunk + c] = i - slot.column;
+        i += Shape::team_threads;
+        return true;
+      };
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (i >= slot.column_end || !scatter(ahead[j])) return;
+      while (i < slot.column_end && scatter(prm.columns[i])) {
+      }
+    };
+    const auto list_step = [&](int step) {  // ends synchronized
       if (team_warp == 0) {
+        const Piece piece = piece_of<kOctets>(team_slots, step % pieces);
+        ListHeader* header = header_of(step) + team;
         int32_t* source = list_of(step);
-        if (piece.end == 0) {
-          *header = {0, 0};
-        } else {
-          const int found = list_columns(t, map, source, source + t.list, header);
-          if (lane == 0) cursor[team * kOctets + piece.begin] += found;
-        }
+        const int found =
+            piece.end == 0 ? 0 : list_columns(t, map, source, source + t.list, header);
+        if (piece.end == 0) *header = {0, 0};
+        if (lane == 0) cursor[team * kOctets + piece.begin] += found;
       }
       __syncthreads();
     };
@@ -240,25 +219,30 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
             if (2 * s + 1 == header.full) a[i][2] = a[i][3] = 0;  // the second octet is none
           }
         } else {
-          int32_t at[4];
-          uint32_t mask[2] = {0, 0};
+          Entries4 at = *reinterpret_cast<const Entries4*>(offset + 16 * s + 4 * quad);
+          uint32_t mask[2] = {~0u, ~0u};
+          bool gap = false;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            at[j] = offset[16 * s + 4 * quad + j];
-            if (at[j] < 0)
-              at[j] = 0;
-            else
-              mask[j / 2] |= 0xffffu << (16 * (j % 2));
+            if (at.v[j] >= 0) continue;
+            gap = true;
+            at.v[j] = 0, mask[j / 2] &= j % 2 == 0 ? 0xffff0000u : 0xffffu;
           }
 #pragma unroll
           for (int i = 0; i < kM; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {  // rows g and g+8 of columns 2 quad, then of 8 behind
               const char* from = tile + element_at[i][e % 2];
-              const uint32_t low = *reinterpret_cast<const uint16_t*>(from + at[e / 2 * 2]);
-              const uint32_t high = *reinterpret_cast<const uint16_t*>(from + at[e / 2 * 2 + 1]);
-              a[i][e] = (low | high << 16) & mask[e / 2];
+              const uint32_t low = *reinterpret_cast<const uint16_t*>(from + at.v[e / 2 * 2]);
+              const uint32_t high = *reinterpret_cast<const uint16_t*>(from + at.v[e / 2 * 2 + 1]);
+              a[i][e] = low | high << 16;
             }
+          if (__ballot_sync(kFullWarp, gap)) {
+#pragma unroll
+            for (int i = 0; i < kM; ++i)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) a[i][e] &= mask[e / 2];
+          }
         }
         const T* own = operand + (s - first) * 16 * Shape::value_pitch;
 #pragma unroll
@@ -277,35 +261,48 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
     };
 
     __syncthreads();  // pixels and cursors are there
+    const int all_steps = chunks * pieces;
     stage(0);
+    fetch_columns(0);
+    scatter_columns(0);
+    __syncthreads();  // the map is full
     list_step(0);
     stage_values(0, 0, 0);
     copy_async_commit();
+    if (all_steps > 1) {
+      fetch_columns(1);
+      scatter_columns(1);
+    }
     int buffer = 0;
-    for (int step = 0; step < chunks * pieces; ++step) {
+    for (int step = 0; step < all_steps; ++step) {
       int rounds = 1;
       for (int i = 0; i < Shape::kTeams; ++i) {
         const int own = (header_of(step)[i].steps + kRoundSteps - 1) / kRoundSteps;
         rounds = own > rounds ? own : rounds;
       }
       for (int round = 0; round < rounds; ++round, ++buffer) {
+        const bool ends = round + 1 == rounds;
         copy_async_wait<0>();
         __syncthreads();  // what this round reads is there, what it overwrites has been read
         if (round == 0 && step % pieces == 0 && step / pieces + 1 < chunks)
           stage(step / pieces + 1);
-        if (round + 1 < rounds) {
+        if (!ends) {
           stage_values(step, round + 1, buffer + 1);
-        } else if (step + 1 < chunks * pieces) {
+        } else if (step + 1 < all_steps) {
           list_step(step + 1);
           stage_values(step + 1, 0, buffer + 1);
         }
         copy_async_commit();
+        // The map is free again once its columns are listed, until the next step's last round.
+        const bool next = ends && step + 2 < all_steps;
+        if (next) fetch_columns(step + 2);
         multiply(step, round, buffer);
+        if (next) scatter_columns(step + 2);
       }
     }
 
-    // Outputs leave through the tiles, 16 pixels a warp at a time, so that neighbouring threads
-    // write neighbouring elements; the warps of a split add up there.
+    // Outputs leave through the tiles, 16 pixels a warp at a time; there the warps of a split add
+    // up.
     float* sums = reinterpret_cast<float*>(smem + t.tile_at);
     const int pitch = 16 * Shape::kSpan + (t.channels_last ? 1 : 4);  // either spreads the banks
 #pragma unroll
@@ -323,14 +320,9 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
           }
       }
       __syncthreads();
-#pragma unroll 1
-      for (int e = threadIdx.x; e < Shape::rows * 16 * Shape::kSpan; e += kThreads) {
-        const int row = t.channels_last ? e % Shape::rows : e / (16 * Shape::kSpan);
-        const int pixel = t.channels_last ? e / Shape::rows : e % (16 * Shape::kSpan);
-        const int64_t at = output_at(t, kept->item, (pixel / 16 * kM + i) * 16 + pixel % 16);
-        const int64_t k = out[row];
-        if (at >= 0 && k >= 0) store_output<T>(prm, sums[row * pitch + pixel], k, at + k * t.y_k);
-      }
+      store_sums<T, kThreads, Shape::rows, 16 * Shape::kSpan>(
+          prm, t, sums, pitch, out,
+          [&](int pixel) { return outputs[(pixel / 16 * kM + i) * 16 + pixel % 16]; });
     }
   }
 }

@@ -99,6 +99,21 @@ def _depthwise() -> list[ConvCase]:
     return cases + ends + [end.but(h=33, w=33, n=1, activation="relu6") for end in ends]
 
 
+def _winograd() -> list[ConvCase]:
+    base = ConvCase(n=2, c=5, h=9, w=8, k=9, integers=True)
+    cases = [base, base.but(c=18, k=20, groups=2, residual=True, activation="relu", h=5, w=6)]
+    # Tiles of several images in a block, several blocks of tiles, maps of one row or column.
+    for n, h, w in ((70, 1, 2), (1, 17, 19), (3, 1, 9), (1, 9, 1)):
+        cases.append(base.but(n=n, h=h, w=w))
+    # Filters and channels around blocks and chunks, or none.
+    cases += [base.but(n=1, h=5, c=c, k=k) for c, k in ((1, 8), (16, 1), (33, 33), (8, 64), (0, 5))]
+    cases += [base.but(padding=pad) for pad in ((0, 0, 0, 0), (9, 0, 0, 7), (0, 2, 3, 1))]
+    # More channels than the shared memory takes at once; full batches of entries and empty rows.
+    cases += [base.but(n=1, c=70, h=4, w=4, k=17, density=0.9), base.but(density=0.02, c=40)]
+    cases += [base.but(pattern=p, c=19) for p in ("empty", "one_full_row")]
+    return [*cases, base.but(bias=False), base.but(bias=False, residual=True, activation="relu6")]
+
+
 def _pointwise() -> list[ConvCase]:
     base = ConvCase(n=2, c=9, h=5, w=6, k=9, kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full")
     base = base.but(integers=True)
@@ -133,6 +148,7 @@ TENSOR_CORES = [
     BASE.but(n=1, c=20, k=24, kernel=(5, 5), padding=(2, 2, 2, 2), density=0.02),
     BASE.but(n=1, c=17, k=21, kernel=(1, 7), padding=(0, 0, 3, 3), dilation=(1, 2), w=25),
 ]
+WINOGRAD = _winograd()
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,

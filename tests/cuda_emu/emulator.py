@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tests.cases import Problem, memory_format
 from tests.ops import pattern
+from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -87,6 +89,17 @@ class PatternParams(ConvParams):
     ]
 
 
+class WinogradParams(ConvParams):
+    """Mirror of ``WinogradConv2dParams``."""
+
+    _fields_ = [
+        ("tile", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+    ]
+
+
 class PointwiseParams(ConvParams):
     """Mirror of ``PointwiseConv2dParams``."""
 
@@ -134,15 +147,17 @@ def build(
             source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source)
-    objects = []
-    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or _includes(path, edits):
-            copy = folder / "cuda" / path.name
-            source_path = copy if copy.exists() else path
-            compiled = output.parent / f"{path.stem}.o"
-            objects.append(_compile(source_path, compiled, flags, folder))
-        else:
-            objects.append(_sound_object(path, flags))
+
+    def compiled(path: Path) -> Path:
+        if path.name not in edits and not _includes(path, edits):
+            return _sound_object(path, flags)
+        copy = folder / "cuda" / path.name
+        source_path = copy if copy.exists() else path
+        return _compile(source_path, output.parent / f"{path.stem}.o", flags, folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+        objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
 
@@ -178,8 +193,8 @@ def _objects_folder() -> Path:
 @functools.cache
 def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of an unedited source, compiled once per process."""
-    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
-    return _compile(source, _objects_folder() / name, flags)
+    name = "_".join((source.stem, *flags)).replace("/", "_")
+    return _compile(source, _objects_folder() / f"{name}.o", flags)
 
 
 def _run(*arguments: str) -> None:
@@ -218,6 +233,7 @@ class Emulator:
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
         self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
+        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
@@ -226,6 +242,7 @@ class Emulator:
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
+        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
@@ -371,6 +388,24 @@ class Emulator:
         params = pattern_params(packed, y)
         words = self.pattern_2_4_workspace(params) // 8
         self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
+        return y
+
+    def winograd_raw(self, params: WinogradParams) -> None:
+        """winograd_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_winograd_conv2d(ctypes.byref(params)))
+
+    def winograd(self, p: WinogradProblem) -> Tensor:
+        """winograd_conv2d; the output starts as NaN."""
+        y = _poisoned(p.problem)
+        self.winograd_raw(
+            WinogradParams(
+                **_common(p.problem, y),
+                tile=p.tile,
+                values=p.values.data_ptr(),
+                col_idx=_pointer(p.col_idx),
+                row_ptr=_pointer(p.row_ptr),
+            )
+        )
         return y
 
     def pointwise_raw(self, params: PointwiseParams) -> None:

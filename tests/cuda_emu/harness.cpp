@@ -137,6 +137,10 @@ int emu_pattern_conv2d_2_4(const sparsecnn::PatternConv2dParams* params, void* w
   return guarded([&] { return sparsecnn::cuda::pattern_conv2d_2_4(*params, workspace, nullptr); });
 }
 
+int emu_winograd_conv2d(const sparsecnn::WinogradConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::winograd_conv2d(*params, nullptr); });
+}
+
 int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
 }
@@ -166,6 +170,7 @@ size_t emu_sizeof_params() { return sizeof(sparsecnn::CsrConv2dParams); }
 size_t emu_sizeof_depthwise_params() { return sizeof(sparsecnn::DepthwiseConv2dParams); }
 
 size_t emu_sizeof_pattern_params() { return sizeof(sparsecnn::PatternConv2dParams); }
+size_t emu_sizeof_winograd_params() { return sizeof(sparsecnn::WinogradConv2dParams); }
 
 // One barrier that half of the block never reaches: the emulator must refuse it.
 int emu_divergent_barrier() {

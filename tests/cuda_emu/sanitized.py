@@ -12,6 +12,7 @@ from tests.cuda_emu import cases
 from tests.cuda_emu.emulator import Emulator
 from tests.ops import two_four
 from tests.ops.pattern import CUTS, pack
+from tests.ops.winograd import KINDS, make
 
 
 def main() -> None:
@@ -50,6 +51,17 @@ def main() -> None:
         dtype = (torch.float32, torch.float16, torch.bfloat16)[index % 3]
         packed = pack(build(case.but(layout=layout, dtype=dtype)), *CUTS[index % len(CUTS)])
         packed.problem.check(emu.pattern(packed))
+        count += 1
+    for number, case in enumerate(cases.WINOGRAD[1:16:2]):
+        for turn, (tile, sparse) in enumerate(KINDS):
+            emu.set_device(1 if (number + turn) % 2 else 1000)
+            layout = "channels_last" if (number + turn // 2) % 2 else "contiguous"
+            p = make(case.but(layout=layout), tile, sparse)
+            p.check(emu.winograd(p), cuda=True)
+            count += 1
+        emu.set_device(1 if number % 2 else 1000)
+        p = make(case.but(dtype=torch.float16), 2)
+        p.check(emu.winograd(p), cuda=True)
         count += 1
     print(f"{count} cases passed")
 

@@ -14,7 +14,7 @@ from tests import reference
 from tests.cases import ConvCase, Problem, build
 from tests.cuda_emu import cases, emulator
 from tests.cuda_emu.emulator import Emulator, PatternParams
-from tests.ops.pattern import CUTS, PatternProblem, pack
+from tests.ops.pattern import CUTS, NAMES, PatternProblem, pack
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -44,7 +44,9 @@ def test_integers_are_exact(emu: Emulator) -> None:
     assert kernels == want | {"launch_direct<float>"}
 
 
-SHARED = (("all", False), (8, True), ("ragged", False), (7, True), (24, False))
+SHARED: tuple[tuple[int | str, bool], ...] = (
+    ("all", False), (8, True), ("ragged", False), (7, True), (24, False),
+)
 
 
 def mma_problems(layouts: tuple[str, ...]) -> Iterator[PatternProblem]:
@@ -82,7 +84,8 @@ def test_activations_in_every_type(emu: Emulator, activation: str) -> None:
 def test_all_kernels_and_cuts_give_the_same_bits(emu: Emulator) -> None:
     whole = pack(build(BASE.but(k=34, c=20, integers=False)), "all")
     results, kernels = [], set()
-    for sm_count, cut in itertools.product((LARGE, 3, SMALL), ("all", 3, 1)):
+    cuts: tuple[int | str, ...] = ("all", 3, 1)
+    for sm_count, cut in itertools.product((LARGE, 3, SMALL), cuts):
         emu.set_device(sm_count)
         results.append(emu.pattern(pack(whole.problem, cut, permuted=cut == 3)))
         kernels.add(emu.kernel)
@@ -171,9 +174,9 @@ FAULTS = {
         "_mma.cu", "__syncthreads();  // what", "if (!FAULT) __syncthreads();  // what",
     ),
     "mma: no barrier behind the map": (
-        "_mma.cu", """__syncthreads();
-      ListHeader*""", "if (!FAULT) __syncthreads();\nListHeader*",
+        "_mma.cu", "__syncthreads();  // the map", "if (!FAULT) __syncthreads();  // the map",
     ),
+    "mma: columns ahead of others": ("_mma.cu", "first + j * Sh", "first + !FAULT * j * Sh"),
     "mma: no sum of splits": ("_mma.cu", "part == 0 ? sum", "part == 0 || FAULT ? sum"),
     "mma: half a step too much": (
         "_mma.cu", "if (2 * s + 1 == header.full)", "if (!FAULT && 2 * s + 1 == header.full)",
@@ -186,20 +189,13 @@ FAULTS = {
         "_lists.cuh", "j % 2 + j / 2 * 8]", "(FAULT ? j / 2 + j % 2 * 8 : j % 2 + j / 2 * 8)]",
     ),
 }  # fmt: skip
-# No test can fill a grid of 2^31 blocks: with -1 asked for, two take their place.
-LOOPS = (
-    (".cu", "grid_size(work)", "FAULT ? 2u : grid_size(work)"),
-    (".cu", "grid_size(plan.work)", "FAULT ? 2u : grid_size(plan.work)"),
-    ("_mma.cu", "grid_size(plan.work)", "FAULT ? 2u : grid_size(plan.work)"),
-)
 
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One library with every fault and the small grid; PLANTED picks one."""
+    """One library with every fault; PLANTED picks one."""
     edits: dict[str, list[tuple[str, str]]] = {}
-    planted = [*enumerate(FAULTS.values()), *((-1, loop) for loop in LOOPS)]
-    for number, (where, text, instead) in planted:
+    for number, (where, text, instead) in enumerate(FAULTS.values()):
         asked = f'(atoi(getenv("PLANTED")) == {number})'
         edit = text, instead.replace("FAULT", asked)
         edits.setdefault(f"pattern_conv2d{where}", []).append(edit)
@@ -207,16 +203,14 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulator.build(folder / "edited.so", flags=emulator.QUICK, edits=edits)
 
 
-def test_blocks_loop_when_the_grid_is_full(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLANTED", "-1")
-    emu = Emulator(edited)
-    emu.set_device(SMALL)
+def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    emu.set_device(SMALL, max_grid=2)
     case = BASE.but(n=3, k=40, c=9)
-    turns = itertools.product(
-        (("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")),
-        ((torch.float32, 3), (torch.float32, 1), (torch.float16, "ragged")),
-    )
-    for (order, layout), (dtype, cut) in turns:
+    orders = ("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")
+    kinds: tuple[tuple[torch.dtype, int | str], ...] = (
+        (torch.float32, 3), (torch.float32, 1), (torch.float16, "ragged"),
+    )  # fmt: skip
+    for (order, layout), (dtype, cut) in itertools.product(orders, kinds):
         monkeypatch.setenv("CUDA_EMU_ORDER", order)
         run(emu, pack(build(case.but(layout=layout, dtype=dtype)), cut))
     assert "direct" in run(emu, pack(build(case.but(c=20, k=60, groups=20)), 2))
@@ -287,7 +281,7 @@ def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
         packed = pack(Problem(case, x, weight, weight.view(-1), empty, empty, None, None), cut)
         y = torch.full((1, k, 2, 2), float("nan"), dtype=torch.float16)
         y = y.contiguous(memory_format=torch.channels_last) if layout else y
-        arrays = zip(emulator.pattern.NAMES, packed.arrays, strict=True)
+        arrays = zip(NAMES, packed.arrays, strict=True)
         emu.pattern_raw(
             PatternParams(
                 shape=emulator.shape_of(packed.problem),
