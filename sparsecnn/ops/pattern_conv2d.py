@@ -20,9 +20,9 @@ from sparsecnn.formats.pattern import PatternWeight, flat_indices
 from sparsecnn.ops._autograd import grad_dense, register_fused
 from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
-    CPU_DTYPES,
     autocast,
     autocast_is_on,
+    dtypes_for,
     fake_output,
     geometry_of,
     is_eager,
@@ -50,15 +50,11 @@ def _check(
     names = ("values", "columns", "filters", "group_rows", "group_columns")
     arrays = {name: getattr(weight, name) for name in names}
     check_conv(
-        _OP, x, weight.shape, arrays, bias, residual, geometry, groups, activation, CPU_DTYPES
+        _OP, x, weight.shape, arrays, bias, residual, geometry, groups, activation, dtypes_for(x)
     )
     if groups != weight.groups:
         raise ValueError(
             f"{_OP}: expected groups {weight.groups}, for which the weight was packed, got {groups}"
-        )
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{_OP}: expected x on the CPU, got {x.device}; use csr_conv2d or the dense layer there"
         )
 
 
@@ -76,11 +72,11 @@ def pattern_conv2d(
 ) -> Tensor:
     """2-d convolution with structured sparsity, fused with bias, residual and activation.
 
-    ``y = act(conv(x, W) + bias + residual)``. CPU only.
+    ``y = act(conv(x, W) + bias + residual)``.
 
     Args:
         x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first. float32,
-            bfloat16 or float64.
+            bfloat16 or, on the CPU, float64, on CUDA float16.
         weight: ``(K, C/G, R, S)`` in filter groups, values of the dtype of ``x``.
         bias: ``(K,)``.
         stride: one or two ints.
@@ -95,9 +91,16 @@ def pattern_conv2d(
 
     Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the L
     columns of its filter group, ascending, so the error is at most
-    ``L * eps * conv(|x|, |W|)``; the result is bitwise the same at any thread count. Cost:
-    ``2 * stored * N * P * Q`` FLOPs; channels that no filter reads are not touched. A weight called
-    again is kept in kernel order: 4 bytes per value and per column, 512 MiB in all.
+    ``L * eps * conv(|x|, |W|)``; the result is bitwise the same at any thread count. On CUDA
+    float16 and bfloat16 are multiplied by tensor cores where filter groups have 6 filters or more
+    on average: sums are float32 as well, in another order. Cost: ``2 * stored * N * P * Q`` FLOPs;
+    channels that no filter reads are multiplied with nothing. A weight called again on the CPU is
+    kept in kernel order: 4 bytes per value and per column, 512 MiB in all. CUDA reads the arrays as
+    they are and trusts them: the host does not wait for what lies in them. There a weight of the
+    pattern ``2:4`` goes to sparse tensor cores if x is float16 or bfloat16 in channels_last, G is
+    1, C a multiple of 32 and K one of 8, 32 or more; it is packed in every call. A filter that
+    breaks the pattern of its name has outputs of NaN there, and where one keeps fewer than two of
+    four channels, an infinity or NaN in another of them may reach it, as in the dense convolution.
 
     Gradients: exact, not fast. Those for ``x`` and the values are the framework's dense ones, at
     the cost of the dense layer; double backward works.
@@ -126,25 +129,21 @@ def run_pattern_conv2d(
     checked = (x, weight, bias, residual, geometry, groups, activation)
     is_plain = (
         is_eager(x)
-        and x.is_cpu
         and isinstance(weight, PatternWeight)
         and x.dim() == 4
         # What the op cannot know, and what decides which implementation sees the arguments.
         and x.shape[1] == weight.shape[1] * groups
         and groups == weight.groups
-        and weight.values.is_cpu
-        and weight.columns.is_cpu
-        and weight.filters.is_cpu
-        and weight.group_rows.is_cpu
-        and weight.group_columns.is_cpu
-        and (bias is None or bias.is_cpu)
-        and (residual is None or residual.is_cpu)
+        and weight.values.device == weight.columns.device == weight.filters.device == x.device
+        and weight.group_rows.device == weight.group_columns.device == x.device
+        and (bias is None or bias.device == x.device)
+        and (residual is None or residual.device == x.device)
     )
     if not is_plain:
         _check(*checked)
     arguments = (
         x, weight.values, weight.columns, weight.filters, weight.group_rows, weight.group_columns,
-        bias, residual, *geometry, groups, activation,
+        bias, residual, *geometry, groups, weight.pattern, activation,
     )  # fmt: skip
     return run_op(_pattern_conv2d_op, arguments, _check, checked, is_plain)
 
@@ -164,6 +163,7 @@ def _fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    pattern: str,
     activation: str,
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
@@ -200,6 +200,7 @@ def _grad_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    pattern: str,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     r, s = kernel_size

@@ -445,14 +445,15 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 
 inline float __half2float(__half v) {
-  const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  const uint32_t exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
   float f;
-  if (exponent == 31)
-    f = mantissa ? NAN : INFINITY;
-  else if (exponent == 0)
-    f = std::ldexp(static_cast<float>(mantissa), -24);
-  else
-    f = std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+  if (exponent == 0) {
+    f = static_cast<float>(mantissa) * 0x1p-24f;
+  } else {
+    // 15 becomes 127; infinity and NaN keep all bits.
+    const uint32_t bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    std::memcpy(&f, &bits, 4);
+  }
   return v.bits >> 15 ? -f : f;
 }
 

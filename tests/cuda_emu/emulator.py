@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.ops import pattern
+from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -77,6 +80,26 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
+class PatternParams(ConvParams):
+    """Mirror of ``PatternConv2dParams``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in pattern.NAMES),
+        ("filter_groups", ctypes.c_int64),
+    ]
+
+
+class WinogradParams(ConvParams):
+    """Mirror of ``WinogradConv2dParams``."""
+
+    _fields_ = [
+        ("tile", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+    ]
+
+
 class PointwiseParams(ConvParams):
     """Mirror of ``PointwiseConv2dParams``."""
 
@@ -102,55 +125,61 @@ def build(
     output: Path,
     *,
     flags: tuple[str, ...] = OPTIMIZED,
-    edits: Mapping[str, tuple[str, str]] | None = None,
+    edits: Mapping[str, tuple[str, str] | list[tuple[str, str]]] | None = None,
 ) -> Path:
     """Compile harness and kernels into one shared library.
 
     Args:
         output: path of the library; its folder takes edited copies of the sources.
         flags: optimization and sanitizers.
-        edits: {file name: (text, replacement)}; the text must occur exactly once. Only a copy is
-            edited: this is how the tests plant faults.
+        edits: {file name: (text, replacement), or several}; the text must occur exactly once. Only
+            a copy is edited: this is how the tests plant faults.
 
     Returns:
         `output`.
     """
     edits = edits or {}
     folder = output.parent / (output.stem + "_src")
-    for name, (text, replacement) in edits.items():
+    for name, pairs in edits.items():
         source = (CSRC / "cuda" / name).read_text()
-        assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+        for text, replacement in pairs if isinstance(pairs, list) else [pairs]:
+            assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
+            source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
-        (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    objects = []
-    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if not edits.keys().isdisjoint(_sources(path)):
-            copy = folder / "cuda" / path.name
-            source_path = copy if copy.exists() else path
-            compiled = output.parent / f"{path.stem}.o"
-            objects.append(_compile(source_path, compiled, flags, folder))
-        else:
-            objects.append(_sound_object(path, flags))
+        (folder / "cuda" / name).write_text(source)
+
+    def compiled(path: Path) -> Path:
+        if path.name not in edits and not _includes(path, edits):
+            return _sound_object(path, flags)
+        copy = folder / "cuda" / path.name
+        source_path = copy if copy.exists() else path
+        return _compile(source_path, output.parent / f"{path.stem}.o", flags, folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+        objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
 
 
-def _sources(path: Path) -> set[str]:
-    """Names of a source in csrc/cuda and of the headers there that it includes, however far."""
-    found, waiting = set(), [path.name]
-    while waiting:
-        name = waiting.pop()
-        file = path if name == path.name else CSRC / "cuda" / name
-        if name not in found and file.exists():
-            found.add(name)
-            waiting += re.findall(r'#include "cuda/([^"]+)', file.read_text())
-    return found
+def _includes(source: Path, names: Mapping[str, object]) -> bool:
+    """Whether a source includes one of the product's CUDA headers, directly or not."""
+    headers = re.findall(r'#include "cuda/([^"]+)"', source.read_text())
+    return any(h in names or _includes(CSRC / "cuda" / h, names) for h in headers)
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:
     """One object file; folders in `first` are searched for headers before the product's."""
     include = [f"-I{folder}" for folder in (*first, CSRC, HERE)]
     _run("-x", "c++", *_FLAGS, *flags, *include, "-c", str(source), "-o", str(output))
+    return output
+
+
+def build_one(source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one file of the tests' own into a library beside it."""
+    output = source.with_suffix(".so")
+    compiled = _compile(source, source.with_suffix(".o"), flags)
+    _run(*flags, "-shared", str(compiled), "-o", str(output))
     return output
 
 
@@ -164,8 +193,8 @@ def _objects_folder() -> Path:
 @functools.cache
 def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of an unedited source, compiled once per process."""
-    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
-    return _compile(source, _objects_folder() / name, flags)
+    name = "_".join((source.stem, *flags)).replace("/", "_")
+    return _compile(source, _objects_folder() / f"{name}.o", flags)
 
 
 def _run(*arguments: str) -> None:
@@ -202,6 +231,9 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
+        self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
+        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
@@ -209,6 +241,8 @@ class Emulator:
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
+        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
@@ -274,12 +308,12 @@ class Emulator:
         self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
         return d
 
-    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor, selector: int) -> Tensor:
         """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
         a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
         bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
-        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        a_, b_, words, d_ = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, metadata, d))
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, a_, b_, words, selector, d_))
         return d
 
     def divergent_barrier(self) -> None:
@@ -329,6 +363,51 @@ class Emulator:
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
+    def pattern_raw(self, params: PatternParams) -> None:
+        """pattern_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pattern_conv2d(ctypes.byref(params)))
+
+    def pattern(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d; the output starts as NaN."""
+        y = _poisoned(packed.problem)
+        self.pattern_raw(pattern_params(packed, y))
+        return y
+
+    def pattern_2_4_workspace(self, params: PatternParams) -> int:
+        """Bytes that pattern_conv2d_2_4 wants, 0 where it does not apply."""
+        return int(self._lib.emu_pattern_conv2d_2_4_workspace_bytes(ctypes.byref(params)))
+
+    def pattern_2_4_raw(self, params: PatternParams, workspace: Tensor) -> None:
+        """pattern_conv2d_2_4 on a parameter block; raises as `forward_raw`."""
+        pointer = ctypes.c_void_p(workspace.data_ptr())
+        self._raise(self._lib.emu_pattern_conv2d_2_4(ctypes.byref(params), pointer))
+
+    def pattern_2_4(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d_2_4; output and workspace start as NaN."""
+        y = _poisoned(packed.problem)
+        params = pattern_params(packed, y)
+        words = self.pattern_2_4_workspace(params) // 8
+        self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
+        return y
+
+    def winograd_raw(self, params: WinogradParams) -> None:
+        """winograd_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_winograd_conv2d(ctypes.byref(params)))
+
+    def winograd(self, p: WinogradProblem) -> Tensor:
+        """winograd_conv2d; the output starts as NaN."""
+        y = _poisoned(p.problem)
+        self.winograd_raw(
+            WinogradParams(
+                **_common(p.problem, y),
+                tile=p.tile,
+                values=p.values.data_ptr(),
+                col_idx=_pointer(p.col_idx),
+                row_ptr=_pointer(p.row_ptr),
+            )
+        )
+        return y
+
     def pointwise_raw(self, params: PointwiseParams) -> None:
         """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
         self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
@@ -363,6 +442,13 @@ class Emulator:
             )
         )
         return result
+
+
+def pattern_params(packed: pattern.PatternProblem, y: Tensor) -> PatternParams:
+    """The block of a problem, which has to outlive it."""
+    pointers = zip(pattern.NAMES, (array.data_ptr() for array in packed.arrays), strict=True)
+    groups = packed.arrays[3].numel() - 1
+    return PatternParams(**_common(packed.problem, y), **dict(pointers), filter_groups=groups)
 
 
 def _poisoned(problem: Problem) -> Tensor:

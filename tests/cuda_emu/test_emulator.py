@@ -154,7 +154,9 @@ def test_sparse_matrix_products(sound: Emulator, dtype: torch.dtype) -> None:
     b = torch.randint(-8, 9, (32, 8), generator=generator).to(dtype)
     # Two bits a stored column, eight columns a half word; rows g and g + 8 share a word.
     halves = (kept.reshape(16, 2, 8) << torch.arange(0, 16, 2)).sum(-1)
-    metadata = torch.full((8, 4), -1, dtype=torch.int64)
-    metadata[:, :2] = halves[:8] | halves[8:] << 16
-    words = (metadata & 0xFFFFFFFF).to(torch.uint32).flatten()
-    assert torch.equal(sound.multiply_sparse(a, b, words), dense.float() @ b.float())
+    for selector in (0, 1):
+        metadata = torch.full((8, 4), -1, dtype=torch.int64)
+        metadata[:, 2 * selector : 2 * selector + 2] = halves[:8] | halves[8:] << 16
+        words = (metadata & 0xFFFFFFFF).to(torch.uint32).flatten()
+        got = sound.multiply_sparse(a, b, words, selector)
+        assert torch.equal(got, dense.float() @ b.float())

@@ -30,11 +30,13 @@ class PatternProblem:
 
     Attributes:
         problem: input, bias, residual, the dense weight and what checks the result.
-        arrays: the five arrays of the weight.
+        arrays: the five arrays of the weight, on the device of the input.
+        pattern: its name.
     """
 
     problem: Problem
     arrays: tuple[Tensor, ...]
+    pattern: str = "none"
 
     @property
     def values(self) -> Tensor:
@@ -87,12 +89,13 @@ def pack(problem: Problem, cut: int | str = "all", permuted: bool = False) -> Pa
         problem, weight=weight.reshape(problem.weight.shape), row_ptr=row_ptr
     )
     indices = (torch.cat(columns), order, torch.tensor(group_rows), torch.tensor(group_columns))
-    return PatternProblem(whole, (torch.cat(values), *(t.to(torch.int32) for t in indices)))
+    arrays = (torch.cat(values), *(t.to(torch.int32) for t in indices))
+    return PatternProblem(whole, tuple(t.to(problem.x.device) for t in arrays))
 
 
-def make(case: ConvCase, number: int = 0) -> PatternProblem:
+def make(case: ConvCase, number: int = 0, device: str = "cpu") -> PatternProblem:
     """The problem of a case, cut in one of the ways of `CUTS`."""
-    return pack(build(case), *CUTS[number % len(CUTS)])
+    return pack(build(case, device), *CUTS[number % len(CUTS)])
 
 
 def op_args(p: PatternProblem) -> tuple[Any, ...]:
@@ -108,6 +111,7 @@ def op_args(p: PatternProblem) -> tuple[Any, ...]:
         list(case.padding),
         list(case.dilation),
         case.groups,
+        p.pattern,
         case.activation,
     )
 
@@ -127,7 +131,8 @@ def stain_scratch() -> None:
 
 def run_op(p: PatternProblem) -> Tensor:
     """The registered operator, its allocations and its scratch memory filled with NaN first."""
-    stain_scratch()
+    if p.problem.x.is_cpu:
+        stain_scratch()
     with nan_filled_allocations():
         y: Tensor = torch.ops.sparsecnn.pattern_conv2d.default(*op_args(p))
     return y
@@ -137,7 +142,7 @@ def weight_of(p: PatternProblem, values: Tensor | None = None) -> PatternWeight:
     """The weight of a problem, with other values if given (for gradients)."""
     case = p.problem.case
     first = p.values if values is None else values
-    return PatternWeight(first, *p.arrays[1:], case.weight_shape, case.groups)
+    return PatternWeight(first, *p.arrays[1:], case.weight_shape, case.groups, p.pattern)
 
 
 def geometry(p: PatternProblem) -> dict[str, Any]:
