@@ -12,10 +12,10 @@
 namespace sparsecnn::cuda {
 
 // A barrier of all threads of a cluster; what they wrote before it, all of them see behind it.
+// Not the .aligned form: threads come here out of loops of different lengths.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -216,6 +216,7 @@ inline bool plan_tiles(const CsrConv2dParams& params, int64_t element_bytes, int
         const int64_t words = limit / (kStrips * element_bytes);
         if (!lay_out_tile(s, block, element_bytes, tile_q, words, &t, &conflict_free)) continue;
         for (int64_t splits = 1; splits <= most_splits && splits <= t.channels; splits *= 2) {
+          if (splits > 1 && t.work * (splits / 2) >= kBlocksPerSm * sm_count) break;  // full
           if (!cut_channels(block, element_bytes, splits, limit, &t)) continue;
           const double clocks = estimated_clocks(t, block, element_bytes, conflict_free, sm_count);
           if (least < 0 || clocks < least) least = clocks, *shape = i, *plan = t;
