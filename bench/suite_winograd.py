@@ -62,10 +62,13 @@ def verify(
     """
     geometry: dict[str, Any] = {"padding": (layer.padding,) * 4}
     images = sorted({0, x.shape[0] - 1})
-    picked, taps = x[images], packed.taps()
+    picked, taps = x[images].cpu(), packed.taps().cpu()
     want = reference.winograd_conv2d(picked, taps, **geometry)
     magnitude = reference.winograd_magnitude(picked, taps, **geometry)
-    bound = tolerance.winograd_bound(magnitude, want, layer.c, 0, packed.tile, dtype)
+    how: dict[str, Any] = {}
+    if x.is_cuda:
+        how = tolerance.winograd_on_cuda(layer.c, packed.tile, packed.is_sparse, dtype)
+    bound = tolerance.winograd_bound(magnitude, want, layer.c, 0, packed.tile, dtype, **how)
     got = run(x)[images].double().cpu()
     tolerance.assert_within(got, want, bound, layer.label)
     return float((got - want).abs().max())

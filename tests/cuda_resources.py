@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +131,9 @@ def main() -> None:
     assert nvcc is not None, "expected nvcc in CUDA_HOME, CUDA_PATH or PATH"
     lines = [f"# nvcc {nvcc_version(nvcc)}; shared memory that launchers ask for is not counted"]
     lines.append("\t".join(COLUMNS))
-    for source in sorted(CUDA.glob("*.cu")):
-        lines += rows_of(compile_usage(nvcc, source))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for usage in pool.map(functools.partial(compile_usage, nvcc), sorted(CUDA.glob("*.cu"))):
+            lines += rows_of(usage)
     TABLE.write_text("\n".join(lines) + "\n")
     print(f"{TABLE}: {len(lines) - 2} kernels")
 

@@ -8,6 +8,8 @@ result. Activations multiply the error by their Lipschitz constant and add their
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,9 @@ def winograd_bound(
     tile: int,
     dtype: torch.dtype,
     activation: str = "none",
+    *,
+    chunks: int = 1,
+    tensor_cores: bool = False,
 ) -> Tensor:
     """Largest allowed |result - reference| of a convolution in the Winograd domain.
 
@@ -79,6 +84,11 @@ def winograd_bound(
     meets those of both transforms, one product and C/G - 1 sums (the first sum, to zero, rounds
     nothing), and one for each addend. The coefficients are numbers of few bits: exact.
 
+    Where the first pass of the output transform adds up several chunks of channels, its rows grow
+    by their nonzero coefficients for each: 3 of F(2), 5 of F(4). Tensor cores may cut where others
+    round, at most twice as far, and take the transformed input rounded to `dtype`, each term with
+    it; data whose transform is below the normal range of float16 is not what this is for.
+
     Args:
         magnitude: |A^T| [sum |U| . (|B^T| |x| |B|)] |A| with the magnitudes of the addends.
         reference: the exact result after the activation, same shape.
@@ -87,12 +97,34 @@ def winograd_bound(
         tile: m.
         dtype: of the data and the result; sums are float32 (float64 for float64).
         activation: fused activation.
+        chunks: of the channels, in the first pass of the output transform.
+        tensor_cores: whether they formed the products, from data of `dtype`.
 
     Returns:
         float64 tensor like `reference`. Zero where every term is zero.
     """
-    terms = channels + addends + _WINOGRAD_TRANSFORMS[tile]
-    return conv_bound(magnitude, reference, terms, dtype, activation)
+    terms = channels + addends + _WINOGRAD_TRANSFORMS[tile] + (chunks - 1) * (tile + 1)
+    if not tensor_cores:
+        return conv_bound(magnitude, reference, terms, dtype, activation)
+    # Behind the activation, and no larger in what is then rounded to `dtype`.
+    once = _LIPSCHITZ[activation] * unit_roundoff(dtype) * magnitude
+    bound = conv_bound(magnitude, reference, 2 * terms, dtype, activation)
+    return bound + (1 + 2 * unit_roundoff(dtype)) * once
+
+
+def winograd_on_cuda(
+    channels: int, tile: int, sparse: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the CUDA kernels do otherwise, as arguments of `winograd_bound`.
+
+    Args:
+        channels: C/G.
+        tile: m.
+        sparse: whether the weight is in CSR: its kernel takes chunks of 16 channels at least.
+        dtype: of the data.
+    """
+    cores = not sparse and tile == 2 and dtype in (torch.float16, torch.bfloat16)
+    return {"chunks": max(1, -(-channels // 16)) if sparse else 1, "tensor_cores": cores}
 
 
 def stage_bound(

@@ -5,160 +5,152 @@
 //
 // Data layout: x, residual and y are NCHW or channels last; the filter is standard CSR over the
 // lowered matrix (K, C/G*R*S) with int32 columns ascending within a row. Storage is float, half or
-// bfloat16; all sums are float, in ascending column order, one fused multiply-add per entry, so
-// both kernels below form the same sums bit by bit, at any tiling.
+// bfloat16; all sums are float, one fused multiply-add per entry.
 //
-// Tiled kernel. A block owns `warps * rows` filters of one group and a tile of 32 * pixels outputs
-// of one image (arithmetic in csr_conv2d_plan.h); it walks the input channels in chunks:
-//   - all threads stage the chunk's input tile with its halo in shared memory, as float;
+// Tiled kernel. A block owns 32 filters of one group and four tiles of outputs, the strips, from
+// anywhere in the batch (arithmetic in csr_conv2d_plan.h, parts in csr_conv2d_tile.cuh); it walks
+// the input channels in chunks:
+//   - all threads stage the chunk's input tiles with their halos in shared memory, in the storage
+//     type, the strips side by side: a word of 16 bytes (8 in half precision) has the same place of
+//     all four, so that a filter tap shifts every access by whole words, always aligned;
 //   - each warp walks the stored entries of its own filters: 32 entries are read coalesced, each
 //     lane turns its column into an offset by a table in shared memory (the same for each chunk:
 //     columns count from the chunk's first), the warp's entries go through shared memory as
-//     {value, offset}, and all lanes apply them to their `pixels` outputs in registers.
+//     {value, offset}, and all lanes apply them to their outputs in registers.
 // Entries are fetched one batch ahead, so that their latency hides behind staging and arithmetic.
 // A chunk in which the block's filters store nothing (pruned input channels) is not staged.
+//
+// Small maps. Where the strips hold 64 outputs, half a warp applies an entry to all of them: the
+// two halves take every other entry of a filter and are added up at the end. Where the blocks would
+// not fill the GPU, clusters of up to eight (sm_90) split the input channels: a block finds its
+// first entry of each row by search and stages only its own channels; the partial sums meet
+// through the cluster's shared memory, added in the order of the channels. No atomics, no memory
+// beyond the block's, nothing to reset: any number of streams and graphs may run it.
+//
+// Order of the sums: ascending columns, and whole warps, unsplit, form the same sums bit by bit as
+// the direct kernel, at any tiling. Half warps and clusters group the same products otherwise.
+// Always: the same shape on the same GPU gives the same bits.
+//
+// Balance. A warp meets the others at each chunk, so the fullest one sets the time. A block ranks
+// its filters by their stored entries and deals them out there and back; with row lengths that
+// scatter by 30 % (simulated, log-normal) the fullest warp has 1.06 of the average instead of 1.23
+// with four rows a warp, 1.17 instead of 1.43 with two.
 //
 // Direct kernel. One warp owns 128 outputs of one filter and reads the input from global memory.
 // It takes what the tiled one cannot: a halo beyond shared memory (very large filters, dilations,
 // strides) and groups with so few filters (depthwise) that nothing staged would be shared.
 //
-// Bound (derived): every multiply-add reads one shared-memory word, and an SM delivers 32 of those
-// per clock against 128 multiply-adds, so the tiled kernel ends at a quarter of the float peak;
-// lanes read neighbouring words, and pitch and phases (see the plan) keep them off each other's
-// banks except in tiles four columns wide and some strided ones, which the plan counts double.
-// GPU timings have not been taken: block shapes, the 48 KB budget and the two-blocks-per-SM rule
-// are reasoned, not measured.
+// Bound (derived): a multiply-add reads one element from shared memory, which delivers 128 bytes
+// per clock to an SM, against 128 multiply-adds: a quarter of the peak in float. Counted in the
+// machine code for sm_90a, 32 multiply-adds of a warp (four entries, 256 outputs) take 56
+// instructions in float and 88 in half precision, with 8 accesses to words and 2 to entries; one
+// load per multiply-add, as in an earlier version, took 108. An SM issues four instructions per
+// clock, so a multiply-add costs 0.44 of a clock against 1.06 of shared memory in float, and 0.69
+// against 0.56 in half precision, where the unpacking binds. (A read of the same 16 bytes by all
+// lanes is counted as one access; should it be four, add 0.19.) Words of neighbouring lanes lie
+// side by side, and pitch and phases (see the plan) keep lanes off each other's banks except in
+// some strided tiles, which the plan counts double.
+//
+// Not done: one load for two filters with the same column. Columns coincide with the density as
+// probability, so that at 90 % sparsity two filters' union saves 5 % of the loads (density / 2) and
+// costs a test or a wasted multiply-add on the other 95 %.
+//
+// GPU timings have not been taken: shapes, budgets and the estimate in the plan are reasoned.
 //
 // Papers: Park et al., "Faster CNNs with Direct Sparse Convolutions and Guided Pruning", ICLR 2017
 // (direct sparse convolution, offsets instead of im2col); Chen, "Escoin", arXiv:1802.10280 (on
 // GPU).
+#include "cuda/cluster.cuh"
 #include "cuda/csr_conv2d_plan.h"
+#include "cuda/csr_conv2d_tile.cuh"
 #include "cuda/entry.h"
 #include "cuda/launch.cuh"
 
 namespace sparsecnn::cuda {
 namespace {
 
-struct alignas(8) Entry {
-  float value;
-  int32_t offset;  // bytes from a pixel's first staged input
-};
+using namespace csr;  // NOLINT: its parts
 
-constexpr int32_t kNoColumn = 2147483647;
-
-// Copies one chunk of channels into the tile, zeros where the filter hangs over the edge. `x` is
-// the chunk's first channel, (row0, col0) the input position of staged element (0, 0).
-template <typename T>
-__device__ __forceinline__ void stage_tile(const T* __restrict__ x, float* tile, const TilePlan& t,
-                                           int channels, int64_t row0, int64_t col0) {
-  const int lanes = 1 << t.stage_lanes_log2;
-  const int lane = threadIdx.x & (lanes - 1);
-  const int first = threadIdx.x >> t.stage_lanes_log2;
-  const int step = blockDim.x >> t.stage_lanes_log2;
-  if (t.channels_last) {  // lanes along the channels
-    const int area = t.staged_h * t.staged_w;
-    for (int i = first; i < area; i += step) {
-      const int row = i / t.staged_w, col = i - row * t.staged_w;
-      const int64_t in_row = row0 + static_cast<int64_t>(row) * t.row_step;
-      const int64_t in_col = col0 + static_cast<int64_t>(col) * t.col_step;
-      const bool inside = in_row >= 0 && in_row < t.h && in_col >= 0 && in_col < t.w;
-      const int64_t at = in_row * t.x_h + in_col * t.x_w;
-      const int slot = row * t.pitch + col % t.phases * t.phase_w + col / t.phases;
-#pragma unroll 2
-      for (int c = lane; c < channels; c += lanes)
-        tile[c * t.channel_pitch + slot] = inside ? to_float(x[at + c]) : 0.f;
-    }
-    return;
-  }
-  for (int i = first; i < channels * t.staged_h; i += step) {  // lanes along the columns
-    const int c = i / t.staged_h, row = i - c * t.staged_h;
-    const int64_t in_row = row0 + static_cast<int64_t>(row) * t.row_step;
-    const bool row_inside = in_row >= 0 && in_row < t.h;
-    const int64_t at = c * t.x_c + in_row * t.x_h;
-    float* line = tile + c * t.channel_pitch + row * t.pitch;
-#pragma unroll 2
-    for (int col = lane; col < t.staged_w; col += lanes) {
-      const int64_t in_col = col0 + static_cast<int64_t>(col) * t.col_step;
-      const bool inside = row_inside && in_col >= 0 && in_col < t.w;
-      const int slot = t.phases == 1 ? col : col % t.phases * t.phase_w + col / t.phases;
-      line[slot] = inside ? to_float(x[at + in_col * t.x_w]) : 0.f;
-    }
-  }
-}
-
-// Blocks on an SM hide each other's staging. As many are asked for as the compiler can give without
-// spilling: 128, 80 and 64 registers for 8 x 4, 4 x 2 and 2 x 1 sums per lane.
-constexpr int blocks_per_sm(int sums) { return sums > 8 ? 2 : (sums > 2 ? 3 : 4); }
-
-template <typename T, int kPixels, int kRows, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
+template <typename T, int kVectors, int kLanes, int kRows, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     csr_conv2d_tiled(const CsrConv2dParams prm, const TilePlan t) {
-  constexpr int kFilters = kRows * kWarps;
-  DYN_SMEM(float, smem);
+  constexpr int kThreads = kWarps * 32, kTogether = kWarpLanes / kLanes;
+  constexpr int kPositions = kVectors * kLanes, kSlots = kStrips * kPositions;
+  constexpr int kTileOffset = kHeaderBytes + kThreads * sizeof(Entry);
+  static_assert(kRows * kWarps == kBlockFilters);
+  DYN_SMEM(char, smem);
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  Entry* entries = reinterpret_cast<Entry*>(smem) + warp * kWarpLanes;
-  float* tile = smem + kWarps * kWarpLanes * (sizeof(Entry) / sizeof(float));
-  int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_floats);
+  Header* header = reinterpret_cast<Header*>(smem);
+  Entry* entries = reinterpret_cast<Entry*>(smem + kHeaderBytes) + warp * kWarpLanes;
+  char* tile = smem + kTileOffset;
+  int32_t* table = reinterpret_cast<int32_t*>(tile + t.tile_bytes);
   const T* values = static_cast<const T*>(prm.values);
 
-  for (int i = threadIdx.x; i < t.chunk * t.taps; i += kWarps * 32) {
+  // Warps 0 and 1 have the first piece of work to describe meanwhile.
+  for (int i = static_cast<int>(threadIdx.x) - kDescribing * kWarpLanes;
+       i < t.chunk * t.taps && warp >= kDescribing; i += kThreads - kDescribing * kWarpLanes) {
     const int c = i / t.taps, tap = i - c * t.taps;
     const int r = tap / t.filter_w, shift = (tap - r * t.filter_w) * t.dil_w;
-    const int floats =
+    const int words =
         c * t.channel_pitch + r * t.dil_row + shift % t.phases * t.phase_w + shift / t.phases;
-    table[i] = floats * static_cast<int>(sizeof(float));
+    table[i] = words * static_cast<int>(sizeof(Word<T>));
   }
 
-  // Outputs of this lane inside the tile, and where their inputs start in the staged tile: in
-  // bytes, like the entries' offsets, so that an address is one addition in the inner loop.
-  const int lane_col = lane & ((1 << t.lanes_q_log2) - 1);
-  const int lane_row = (lane >> t.lanes_q_log2) * (kPixels / t.segments);
-  int start[kPixels];
+  // Where the inputs of this lane's outputs start in shared memory: in bytes, like the entries'
+  // offsets, so that an address is one addition in the inner loop. The shuffle changes nothing: it
+  // hides how the number came about from the compiler, which would compute it anew in that loop.
+  int start[kVectors];
 #pragma unroll
-  for (int i = 0; i < kPixels; ++i)
-    start[i] =
-        static_cast<int>(sizeof(float)) *
-        ((lane_row + i / t.segments) * t.row_stride * t.pitch + i % t.segments * 32 + lane_col);
+  for (int v = 0; v < kVectors; ++v) {
+    const int position = v * kLanes + lane % kLanes, row = position >> t.tile_q_log2;
+    const int col = position - (row << t.tile_q_log2);
+    const int words = row * t.row_stride * t.pitch + col;
+    const int at = kTileOffset + words * static_cast<int>(sizeof(Word<T>));
+    start[v] = __shfl_sync(kFullWarp, at, lane);
+  }
 
-  for (int64_t work = blockIdx.x; work < t.work; work += gridDim.x) {
-    // Filter blocks run fastest: blocks in flight together share their input in L2.
-    int64_t rest = work;
-    const int64_t filter0 = rest % t.filter_blocks * kFilters;
-    rest /= t.filter_blocks;
-    const int64_t q0 = rest % t.tiles_q * t.tile_q;
-    rest /= t.tiles_q;
-    const int64_t p0 = rest % t.tiles_p * t.tile_p;
-    rest /= t.tiles_p;
-    const int64_t group = rest % t.groups, n = rest / t.groups;
+  const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.splits));
+  const auto channel = [&](int32_t c) { return c < t.channels ? c : t.channels; };
+  const int32_t channel_begin = channel(split * t.split_channels);
+  const int32_t channel_end = channel(channel_begin + t.split_channels);
+  for (int64_t work = blockIdx.x / static_cast<unsigned>(t.splits); work < t.work;
+       work += gridDim.x / static_cast<unsigned>(t.splits)) {
+    if (warp < kDescribing) describe_work(prm.row_ptr, t, work, warp, lane, header);
+    __syncthreads();
 
     // Entry cursor + lane of each row, fetched ahead; kNoColumn past the end of the row.
     int32_t cursor[kRows], end[kRows], column[kRows];
-    float value[kRows], sum[kRows][kPixels];
+    float value[kRows], sum[kRows][kVectors][kStrips];
     const auto fetch = [&](int32_t at, int32_t stop, int32_t* to_column, float* to_value) {
       *to_column = at < stop ? prm.col_idx[at] : kNoColumn;
       *to_value = at < stop ? to_float(values[at]) : 0.f;
     };
+    // Ranks in turns, every other turn backwards: a warp with a long row gets a short one too.
+    const auto rank_of = [&](int j) { return j * kWarps + (j % 2 ? kWarps - 1 - warp : warp); };
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      cursor[j] = header->begin[rank_of(j)], end[j] = header->end[rank_of(j)];
+    if (split > 0) skip_to_column<kRows>(prm.col_idx, channel_begin * t.taps, lane, cursor, end);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int64_t filter = filter0 + j * kWarps + warp, k = group * t.filters + filter;
-      cursor[j] = filter < t.filters ? prm.row_ptr[k] : 0;
-      end[j] = filter < t.filters ? prm.row_ptr[k + 1] : 0;
       fetch(cursor[j] + lane, end[j], &column[j], &value[j]);
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) sum[j][i] = 0.f;
+      for (int i = 0; i < kVectors * kStrips; ++i) sum[j][i / kStrips][i % kStrips] = 0.f;
     }
 
-    const T* image = static_cast<const T*>(prm.x) + n * t.x_n + group * t.channels * t.x_c;
-    for (int32_t c0 = 0; c0 < t.channels; c0 += t.chunk) {
-      const int channels = t.channels - c0 < t.chunk ? t.channels - c0 : t.chunk;
+    for (int32_t c0 = channel_begin; c0 < channel_end; c0 += t.chunk) {
+      const int channels = channel_end - c0 < t.chunk ? channel_end - c0 : t.chunk;
       const int32_t column0 = c0 * t.taps, column1 = column0 + channels * t.taps;
-      bool stored = false;
+      // The first chunk is staged without waiting for the first entries to arrive.
+      bool stored = c0 == channel_begin;
+      if (!stored) {
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) stored |= column[j] < column1;
+        for (int j = 0; j < kRows; ++j) stored |= column[j] < column1;
+      }
       // Also the barrier between the last reads of the tile and its next contents.
       if (!__syncthreads_or(stored)) continue;
-      stage_tile(image + c0 * t.x_c, tile, t, channels, p0 * t.stride_h - t.pad_top,
-                 q0 * t.stride_w - t.pad_left);
+      stage_tile(static_cast<const T*>(prm.x) + header->x + c0 * t.x_c,
+                 reinterpret_cast<Word<T>*>(tile), header->strip, t, channels);
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
@@ -172,12 +164,15 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
           cursor[j] += count;
           fetch(cursor[j] + lane, end[j], &column[j], &value[j]);
 #pragma unroll 4
-          for (int e = 0; e < count; ++e) {
+          for (int e = kTogether == 1 ? 0 : lane / kLanes; e < count; e += kTogether) {
             const Entry entry = entries[e];
 #pragma unroll
-            for (int i = 0; i < kPixels; ++i) {
-              const char* from = reinterpret_cast<const char*>(tile) + (start[i] + entry.offset);
-              sum[j][i] = fmaf(entry.value, *reinterpret_cast<const float*>(from), sum[j][i]);
+            for (int v = 0; v < kVectors; ++v) {
+              float in[kStrips];
+              unpack(*reinterpret_cast<const Word<T>*>(smem + (start[v] + entry.offset)), in);
+#pragma unroll
+              for (int i = 0; i < kStrips; ++i)
+                sum[j][v][i] = fmaf(entry.value, in[i], sum[j][v][i]);
             }
           }
           __syncwarp();  // all lanes have read before the next batch overwrites
@@ -185,30 +180,56 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels* kRows))
       }
     }
 
-    // Outputs leave through the tile, 32 pixels of all filters at a time (33 words per filter: no
-    // bank conflict either way). Channels last needs that to write filters side by side; for NCHW
-    // it costs little and keeps the addresses of a lane's outputs out of the registers.
-    for (int i = 0; i < kPixels; ++i) {
-      __syncthreads();
+    // The sums leave through the tile, so that they can be written side by side in either layout
+    // and added up over the blocks of a cluster.
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(tile);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        float mine = 0.f;
+    for (int j = 0; j < kRows; ++j) {
+      const int f = header->filter[rank_of(j)];
 #pragma unroll
-        for (int pixel = 0; pixel < kPixels; ++pixel) mine = pixel == i ? sum[j][pixel] : mine;
-        tile[(j * kWarps + warp) * 33 + lane] = mine;
-      }
-      __syncthreads();
-#pragma unroll 1
-      for (int o = threadIdx.x; o < kFilters * 32; o += kWarps * 32) {
-        const int f = t.channels_last ? o % kFilters : o / 32;
-        const int of = t.channels_last ? o / kFilters : o % 32;  // the lane that holds the pixel
-        const int64_t p = p0 + (of >> t.lanes_q_log2) * (kPixels / t.segments) + i / t.segments;
-        const int64_t q = q0 + i % t.segments * 32 + (of & ((1 << t.lanes_q_log2) - 1));
-        const int64_t filter = filter0 + f, k = group * t.filters + filter;
-        if (p < t.p && q < t.q && filter < t.filters)
-          store_output<T>(prm, tile[f * 33 + of], k, n * t.y_n + k * t.y_k + p * t.y_p + q * t.y_q);
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i) {
+          float mine = sum[j][v][i];
+          if (kTogether == 2) mine += __shfl_xor_sync(kFullWarp, mine, kLanes);
+          if (lane < kLanes) sums[f * (kSlots + 1) + i * kPositions + v * kLanes + lane] = mine;
+        }
       }
     }
+    if (t.splits > 1)
+      cluster_sync();
+    else
+      __syncthreads();
+    const int share = kBlockFilters / t.splits;
+#pragma unroll 1
+    for (int o = threadIdx.x; o < share * kSlots; o += kThreads) {
+      const int f = split * share + (t.channels_last ? o % share : o / kSlots);
+      const int slot = t.channels_last ? o / share : o % kSlots;
+      const int position = slot % kPositions, row = position >> t.tile_q_log2;
+      const int col = position - (row << t.tile_q_log2);
+      const Strip& s = header->strip[slot / kPositions];
+      if (row >= s.p || col >= s.q || f >= header->filters) continue;
+      const float* at = sums + f * (kSlots + 1) + slot;
+      float total = *at;
+      if (t.splits > 1) {
+        float part[kMostSplits];  // all in flight at once, then added in the order of the channels
+#pragma unroll
+        for (int from = 0; from < kMostSplits; ++from)
+          if (from < t.splits) part[from] = read_peer(at, from);
+        total = part[0];
+#pragma unroll
+        for (int from = 1; from < kMostSplits; ++from)
+          if (from < t.splits) total += part[from];
+      }
+      const int64_t k = header->filter0 + f;
+      store_output<T>(prm, total, k, s.y + k * t.y_k + row * t.y_p + col * t.y_q);
+    }
+    // The others have read this block's sums, and all threads their strips.
+    if (t.splits > 1)
+      cluster_sync();
+    else
+      __syncthreads();
   }
 }
 
@@ -280,46 +301,62 @@ cudaError_t launch_direct(const CsrConv2dParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int kPixels, int kRows, int kWarps>
+template <typename T, int kVectors, int kLanes, int kRows, int kWarps>
 cudaError_t launch_tiled(const CsrConv2dParams& params, const TilePlan& plan, cudaStream_t stream) {
+  const auto kernel = csr_conv2d_tiled<T, kVectors, kLanes, kRows, kWarps>;
   if (plan.smem_bytes > kDefaultSmemBytes) {
     const cudaError_t error =
-        cudaFuncSetAttribute(csr_conv2d_tiled<T, kPixels, kRows, kWarps>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
     if (error != cudaSuccess) return error;
   }
-  CUDA_LAUNCH((csr_conv2d_tiled<T, kPixels, kRows, kWarps>), grid_size(plan.work), kWarps * 32,
-              plan.smem_bytes, stream, params, plan);
+  const int64_t most = kMaxGrid / plan.splits;
+  const unsigned grid = static_cast<unsigned>((plan.work < most ? plan.work : most) * plan.splits);
+  if (plan.splits == 1)
+    CUDA_LAUNCH(kernel, grid, kWarps * 32, plan.smem_bytes, stream, params, plan);
+  else
+    CLUSTER_LAUNCH(kernel, grid, plan.splits, kWarps * 32, plan.smem_bytes, stream, params, plan);
   return cudaGetLastError();
 }
 
-// Block shapes, most reuse of a staged tile first: 32 filters x 256 pixels, 16 x 128, and 8 x 64
-// for maps too small to occupy the GPU otherwise (a 7x7 map is a single tile at any shape).
-constexpr BlockShape kLarge{8, 4, 8}, kMedium{4, 2, 8}, kSmall{2, 1, 8};
 constexpr int64_t kFewFilters = 8;  // per group: below, a staged tile has too few readers
+
+template <typename T, int kShape>
+cudaError_t launch_shape(const CsrConv2dParams& params, const TilePlan& plan, cudaStream_t stream) {
+  constexpr BlockShape s = kShapes[kShape];
+  return launch_tiled<T, s.vectors, s.lanes, s.rows, s.warps>(params, plan, stream);
+}
 
 template <typename T>
 cudaError_t launch(const CsrConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
   DeviceLimits limits{};
-  const cudaError_t error = device_limits(&limits);
+  cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
   if (s.filters_per_group() < kFewFilters || s.columns() == 0)
     return launch_direct<T>(params, stream);
-  // The default budget keeps two to four blocks on an SM; more only where one channel needs it.
-  for (const int64_t budget : {kDefaultSmemBytes, static_cast<int64_t>(limits.smem_optin_bytes)}) {
-    const int64_t enough = 2 * static_cast<int64_t>(limits.sm_count);
-    TilePlan plan;
-    if (s.filters_per_group() > kMedium.filters() && plan_tiles(params, kLarge, budget, &plan) &&
-        plan.work >= enough)
-      return launch_tiled<T, kLarge.pixels, kLarge.rows, kLarge.warps>(params, plan, stream);
-    if (s.filters_per_group() > kSmall.filters() && plan_tiles(params, kMedium, budget, &plan) &&
-        plan.work >= enough)
-      return launch_tiled<T, kMedium.pixels, kMedium.rows, kMedium.warps>(params, plan, stream);
-    if (plan_tiles(params, kSmall, budget, &plan))
-      return launch_tiled<T, kSmall.pixels, kSmall.rows, kSmall.warps>(params, plan, stream);
+  TilePlan plan;
+  int shape = 0;
+  const auto choose = [&](int64_t most_splits) {
+    return plan_tiles(params, sizeof(T), limits.sm_count, limits.smem_optin_bytes, most_splits,
+                      &shape, &plan);
+  };
+  if (!choose(kMostSplits)) return launch_direct<T>(params, stream);
+  if (plan.splits > 1) {  // asked for only here: the answer takes a microsecond
+    bool clusters = false;
+    constexpr BlockShape any = kSmall;
+    error =
+        has_clusters(csr_conv2d_tiled<T, any.vectors, any.lanes, any.rows, any.warps>, &clusters);
+    if (error != cudaSuccess) return error;
+    if (!clusters) choose(1);
   }
-  return launch_direct<T>(params, stream);
+  switch (shape) {
+    case 0:
+      return launch_shape<T, 0>(params, plan, stream);
+    case 1:
+      return launch_shape<T, 1>(params, plan, stream);
+    default:
+      return launch_shape<T, 2>(params, plan, stream);
+  }
 }
 
 }  // namespace

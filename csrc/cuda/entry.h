@@ -13,6 +13,12 @@ int32_t csr_conv2d(const CsrConv2dParams& params, void* stream);
 int32_t csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, void* stream);
 int32_t depthwise_conv2d(const DepthwiseConv2dParams& params, void* stream);
 int32_t pattern_conv2d(const PatternConv2dParams& params, void* stream);
+// For a weight of the pattern 2:4 on sparse tensor cores. The first says how many bytes of
+// workspace (16-byte aligned, of any content) the second wants, or 0 where it does not apply. A
+// filter that keeps more than two of four consecutive channels of a tap gets outputs of NaN.
+int64_t pattern_conv2d_2_4_workspace_bytes(const PatternConv2dParams& params);
+int32_t pattern_conv2d_2_4(const PatternConv2dParams& params, void* workspace, void* stream);
+int32_t winograd_conv2d(const WinogradConv2dParams& params, void* stream);
 int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream);
 
 // Text of an error returned by a launcher.

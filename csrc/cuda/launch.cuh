@@ -3,7 +3,8 @@
 //
 // With CUDA_EMU defined the kernels are compiled by the host compiler and each CUDA thread runs as
 // a fiber, so that their logic can be tested without a GPU. Kernels keep to what both understand:
-// shared memory through DYN_SMEM, launches through CUDA_LAUNCH, no inline PTX.
+// shared memory through DYN_SMEM, launches through CUDA_LAUNCH, PTX only in mma.cuh and
+// cluster.cuh.
 #pragma once
 #include <cstdint>
 

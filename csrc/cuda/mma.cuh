@@ -43,35 +43,34 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+template <typename T>
+inline constexpr bool kIsHalf = false;
+template <>
+inline constexpr bool kIsHalf<__half> = true;
+
 // D += A * B with A 16 x 32, of which two in four neighbouring columns are stored, as 16 x 16. The
 // place of stored column k within its four is two bits at 2 * (k % 8) of a half word of `metadata`:
-// of lane 4 g + k / 8, the lower one for row g, the upper one for row g+8 (lanes with t = 2 and 3
-// are not read). The two places of a pair ascend.
-template <typename T>
+// of lane 4 g + 2 kSelector + k / 8, the lower one for row g, the upper one for row g+8. The other
+// two lanes of four are not read, so that the words of one warp serve two products. The two places
+// of a pair ascend.
+template <typename T, int kSelector = 0>
 __device__ __forceinline__ void mma_sparse_16x8x32(float (&d)[4], const uint32_t (&a)[4],
-                                                   const uint32_t (&b)[4], uint32_t metadata);
-template <>
-__device__ __forceinline__ void mma_sparse_16x8x32<__half>(float (&d)[4], const uint32_t (&a)[4],
-                                                           const uint32_t (&b)[4],
-                                                           uint32_t metadata) {
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-        "r"(metadata));
-}
-template <>
-__device__ __forceinline__ void mma_sparse_16x8x32<__nv_bfloat16>(float (&d)[4],
-                                                                  const uint32_t (&a)[4],
-                                                                  const uint32_t (&b)[4],
-                                                                  uint32_t metadata) {
-  asm volatile(
-      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-        "r"(metadata));
+                                                   const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1);
+  if constexpr (kIsHalf<T>)
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
+  else
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "r"(metadata), "n"(kSelector));
 }
 
 // Matrices of 8 x 8 elements of 16 bits from shared memory: lane 8 m + r gives the address of row r
@@ -104,14 +103,15 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&to)[2], const void*
 }
 
 // kBytes (4, 8 or 16, both sides aligned to them) from global to shared memory without waiting;
-// zeros where not `inside`, and then `global` is not read. Copies of 16 bytes bypass L1. They are
-// there for the issuing thread after a wait for their group, for others after a barrier behind it.
-template <int kBytes>
+// zeros where not `inside`, and then `global` is not read. Copies of 16 bytes bypass L1 unless
+// `kCached`, for what the same SM reads again soon. They are there for the issuing thread after a
+// wait for their group, for others after a barrier behind it.
+template <int kBytes, bool kCached = false>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int bytes = inside ? kBytes : 0;
-  if constexpr (kBytes == 16)
+  if constexpr (kBytes == 16 && !kCached)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
                  : "memory");
   else

@@ -54,7 +54,7 @@ Tensor pattern_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& c
                           const Tensor& filters, const Tensor& group_rows,
                           const Tensor& group_columns, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, Ints kernel_size, Ints stride,
-                          Ints padding, Ints dilation, int64_t groups, Name activation) {
+                          Ints padding, Ints dilation, int64_t groups, Name, Name activation) {
   Call call = prepare(x, values, columns, filters, group_rows, group_columns, bias, residual,
                       kernel_size, stride, padding, dilation, groups, activation);
   const PatternConv2dParams& params = call.params;
@@ -81,7 +81,8 @@ Tensor pattern_conv2d_cuda(const Tensor& x, const Tensor& values, const Tensor& 
                            const Tensor& filters, const Tensor& group_rows,
                            const Tensor& group_columns, std::optional<Tensor> bias,
                            std::optional<Tensor> residual, Ints kernel_size, Ints stride,
-                           Ints padding, Ints dilation, int64_t groups, Name activation) {
+                           Ints padding, Ints dilation, int64_t groups, Name pattern,
+                           Name activation) {
   const CudaGuard guard(x);
   Call call = prepare(x, values, columns, filters, group_rows, group_columns, bias, residual,
                       kernel_size, stride, padding, dilation, groups, activation);
@@ -91,7 +92,18 @@ Tensor pattern_conv2d_cuda(const Tensor& x, const Tensor& values, const Tensor& 
   STD_TORCH_CHECK(
       params.shape.k == 0 || (params.filter_groups >= 1 && params.filter_groups <= params.shape.k),
       kOp, kUnsound);
-  guard.check(cuda::pattern_conv2d(params, guard.stream()), kOp);
+  // The name of the pattern is all that the host can know of what lies there.
+  const int64_t bytes =
+      pattern.text == "2:4" ? cuda::pattern_conv2d_2_4_workspace_bytes(params) : 0;
+  if (bytes > 0) {
+    Tensor workspace =
+        torch::stable::empty({bytes}, ScalarType::Byte, torch::headeronly::Layout::Strided,
+                             x.device(), false, MemoryFormat::Contiguous);
+    guard.check(cuda::pattern_conv2d_2_4(params, workspace.mutable_data_ptr(), guard.stream()),
+                kOp);
+  } else {
+    guard.check(cuda::pattern_conv2d(params, guard.stream()), kOp);
+  }
   return call.tensors.y;
 }
 #endif
@@ -102,7 +114,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
   m.def(
       "pattern_conv2d(Tensor x, Tensor values, Tensor columns, Tensor filters, Tensor group_rows, "
       "Tensor group_columns, Tensor? bias, Tensor? residual, int[] kernel_size, int[] stride, "
-      "int[] padding, int[] dilation, int groups, str activation) -> Tensor");
+      "int[] padding, int[] dilation, int groups, str pattern, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {

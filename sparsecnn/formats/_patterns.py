@@ -178,12 +178,18 @@ def find_pattern(keep: Tensor, shape: Shape, groups: int) -> Found:
     return best
 
 
+def ratio_of(name: str) -> tuple[int, int] | None:
+    """N and m of a pattern ``n:m``."""
+    found = _RATIO.fullmatch(name)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def is_pattern_name(name: object) -> bool:
     """Whether a weight can be of a pattern of this name."""
     if not isinstance(name, str):
         return False
-    ratio = _RATIO.fullmatch(name)
-    is_ratio = ratio is not None and int(ratio[1]) <= int(ratio[2])
+    ratio = ratio_of(name)
+    is_ratio = ratio is not None and ratio[0] <= ratio[1]
     return name in _PLAIN_NAMES or _VECTOR.fullmatch(name) is not None or is_ratio
 
 
@@ -194,7 +200,7 @@ def pattern_of(keep: Tensor, shape: Shape, groups: int, name: str) -> Found:
             "PatternWeight: expected pattern 'shape', 'filter', 'vectorV', 'kernel', 'cluster', "
             f"'n:m' or 'none', got {name!r}"
         )
-    vector, ratio = _VECTOR.fullmatch(name), _RATIO.fullmatch(name)
+    vector, ratio = _VECTOR.fullmatch(name), ratio_of(name)
     entries = int(keep.sum())
     trouble = ""
     if name == "none":
@@ -213,9 +219,9 @@ def pattern_of(keep: Tensor, shape: Shape, groups: int, name: str) -> Found:
     else:
         assert ratio is not None
         found = _clusters(name, keep, groups, entries)
-        most = _windows(keep, shape, int(ratio[2]))
-        if most > int(ratio[1]):
-            trouble = f"{most} entries in a window of {ratio[2]} channels"
+        most = _windows(keep, shape, ratio[1])
+        if most > ratio[0]:
+            trouble = f"{most} entries in a window of {ratio[1]} channels"
     if not trouble and found.padding > PADDING_LIMIT:
         trouble = f"{found.padding:.0%} zeros among the kept positions"
     if trouble:

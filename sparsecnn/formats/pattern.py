@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from sparsecnn.formats._packed import PackedWeight
-from sparsecnn.formats._patterns import find_pattern, pattern_of
+from sparsecnn.formats._patterns import find_pattern, pattern_of, ratio_of
 
 INDEX_ARRAYS = ("columns", "filters", "group_rows", "group_columns")
 
@@ -54,7 +54,7 @@ class PatternWeight(PackedWeight):
         group_columns: int32, likewise.
         shape: ``(K, C/G, R, S)`` of the dense weight.
         groups: G; no filter group crosses a group of the convolution.
-        pattern: what was found, see the module.
+        pattern: what was found, see the module. Other than ``n:m`` it is a mere name.
     """
 
     values: Tensor
@@ -204,7 +204,25 @@ class PatternWeight(PackedWeight):
                     "PatternWeight: expected columns ascending without repeats in each filter "
                     "group, got one out of order"
                 )
+            self._check_ratio(owner)
         return self
+
+    def _check_ratio(self, owner: Tensor) -> None:
+        """The pattern that kernels rely on, n:m; `owner` is the filter group of each column."""
+        ratio = ratio_of(self.pattern)
+        if ratio is None:
+            return
+        n, m = ratio
+        _, c, r, s = self.shape
+        columns = self.columns.long()
+        window = torch.div(columns, r * s * m, rounding_mode="floor")
+        places = (owner * (c // m + 1) + window) * (r * s) + columns % (r * s)
+        most = int(places.unique(return_counts=True)[1].max())
+        if most > n:
+            raise ValueError(
+                f"PatternWeight: expected the pattern {self.pattern!r} of its name, got {most} "
+                f"columns in a window of {m} channels"
+            )
 
 
 def flat_indices(

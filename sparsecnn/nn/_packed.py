@@ -30,6 +30,10 @@ class PackedLayer(nn.Module):
         """Pack a dense weight of the layer's shape."""
         raise NotImplementedError
 
+    def _weight_of(self, arrays: dict[str, Any]) -> PackedWeight:
+        """The layer's weight with arrays of a state dict, not yet validated."""
+        return replace(self.weight, **arrays)  # type: ignore[type-var]
+
     def _loading(self, packed: PackedWeight) -> None:
         """Called with a valid weight before its arrays replace the layer's."""
 
@@ -82,7 +86,7 @@ class PackedLayer(nn.Module):
         arrays = {key: state.get(prefix + key) for key in self._stored_arrays()}
         if all(isinstance(array, Tensor) for array in arrays.values()):
             try:
-                loaded = replace(self.weight, **arrays).validate()  # type: ignore[type-var]
+                loaded = self._weight_of(arrays).validate()
             except ValueError as error:
                 error_msgs.append(f"{name}: {prefix.rstrip('.')}: {error}")
                 return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -62,10 +65,19 @@ class PatternConv2d(PackedLayer, ConvDropIn):
     def _pack_dense(self, dense: Tensor) -> PatternWeight:
         return PatternWeight.from_dense(dense, self.groups)
 
+    def _weight_of(self, arrays: dict[str, Any]) -> PatternWeight:
+        return replace(self.weight, **arrays, pattern="none")
+
     def _loading(self, packed: PackedWeight) -> None:
         same = (torch.equal(getattr(packed, key), getattr(self, key)) for key in self._arrays[1:])
-        if not all(same):
-            self.pattern = self._pack_dense(packed.to_dense()).pattern
+        if all(same):
+            return
+        assert isinstance(packed, PatternWeight)
+        self.pattern = self._pack_dense(packed.to_dense()).pattern
+        try:
+            replace(packed, pattern=self.pattern).validate()
+        except ValueError:  # zeros are stored that are not part of the pattern
+            self.pattern = "none"
 
     @property
     def weight(self) -> PatternWeight:

@@ -96,7 +96,11 @@ def pattern_conv2d(
     on average: sums are float32 as well, in another order. Cost: ``2 * stored * N * P * Q`` FLOPs;
     channels that no filter reads are multiplied with nothing. A weight called again on the CPU is
     kept in kernel order: 4 bytes per value and per column, 512 MiB in all. CUDA reads the arrays as
-    they are and trusts them: the host does not wait for what lies in them.
+    they are and trusts them: the host does not wait for what lies in them. There a weight of the
+    pattern ``2:4`` goes to sparse tensor cores if x is float16 or bfloat16 in channels_last, G is
+    1, C a multiple of 32 and K one of 8, 32 or more; it is packed in every call. A filter that
+    breaks the pattern of its name has outputs of NaN there, and where one keeps fewer than two of
+    four channels, an infinity or NaN in another of them may reach it, as in the dense convolution.
 
     Gradients: exact, not fast. Those for ``x`` and the values are the framework's dense ones, at
     the cost of the dense layer; double backward works.
@@ -139,7 +143,7 @@ def run_pattern_conv2d(
         _check(*checked)
     arguments = (
         x, weight.values, weight.columns, weight.filters, weight.group_rows, weight.group_columns,
-        bias, residual, *geometry, groups, activation,
+        bias, residual, *geometry, groups, weight.pattern, activation,
     )  # fmt: skip
     return run_op(_pattern_conv2d_op, arguments, _check, checked, is_plain)
 
@@ -159,6 +163,7 @@ def _fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    pattern: str,
     activation: str,
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
@@ -195,6 +200,7 @@ def _grad_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    pattern: str,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     r, s = kernel_size

@@ -22,9 +22,9 @@ from sparsecnn.formats.winograd import WinogradWeight, transforms
 from sparsecnn.ops._autograd import register_fused
 from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
-    CPU_DTYPES,
     autocast,
     autocast_is_on,
+    dtypes_for,
     fake_output,
     geometry_of,
     is_eager,
@@ -52,15 +52,11 @@ def _check(
     arrays = {"values": weight.values, "col_idx": weight.col_idx, "row_ptr": weight.row_ptr}
     present = {name: t for name, t in arrays.items() if t is not None}
     check_conv(
-        _OP, x, weight.shape, present, bias, residual, geometry, groups, activation, CPU_DTYPES
+        _OP, x, weight.shape, present, bias, residual, geometry, groups, activation, dtypes_for(x)
     )
     if groups != weight.groups:
         raise ValueError(
             f"{_OP}: expected groups {weight.groups}, for which the weight was packed, got {groups}"
-        )
-    if x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{_OP}: expected x on the CPU, got {x.device}; use the dense layer there"
         )
 
 
@@ -81,7 +77,7 @@ def winograd_conv2d(
 
     Args:
         x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first. float32,
-            bfloat16 or float64, on the CPU.
+            bfloat16 or float64 on the CPU; float32, float16 or bfloat16 on CUDA.
         weight: of ``(K, C/G, 3, 3)``, values of the dtype of ``x``.
         bias: ``(K,)``.
         padding: int, ``(h, w)``, ``(top, bottom, left, right)``, ``"same"`` or ``"valid"``.
@@ -101,11 +97,15 @@ def winograd_conv2d(
     with the channels, 1.2 to 2.5 and 3.5 to 7 times that of torch. Small integers are exact with
     m = 2. Bitwise the same at any thread count. A bfloat16 weight is rounded in the Winograd
     domain: errors up to 0.5 % of the largest output for m = 2 and 1 to 2 % for m = 4, where the
-    direct convolution has 0.3 %. A NaN or infinity in x spreads over its tiles.
+    direct convolution has 0.3 %. A NaN or infinity in x spreads over its tiles. On CUDA a sparse
+    weight adds ``(m + 1) * (ceil(C/G / 16) - 1)`` to n, and a dense one in 16 bits with m = 2,
+    which runs on tensor cores, has its transformed input rounded to the dtype: another ``eps / 2``
+    times ``|A^T| [...] |A|``, and 2 n for n where tensor cores cut instead of rounding.
 
     Cost: ``2 * stored * N * ceil(P / m) * ceil(Q / m)`` FLOPs and the transforms, about 10 cycles
     a tap, channel and 16 tiles, which narrow layers (C + K below about 64) do not earn back.
-    Scratch: up to about 2 MB a thread, 4.7 KB a channel and tap-row for wide layers.
+    Scratch: on the CPU up to about 2 MB a thread, 4.7 KB a channel and tap-row for wide layers; on
+    CUDA none.
 
     Gradients: exact, not fast: computed by the framework from all transformed tiles, 2.25 (m = 4)
     or 4 (m = 2) times the size of x; double backward works.
@@ -113,7 +113,6 @@ def winograd_conv2d(
     Raises:
         ValueError: a shape, device or option that does not fit; names it and the value.
         TypeError: a dtype that is not supported or does not match.
-        NotImplementedError: x on another device than the CPU.
     """
     geometry = geometry_of(_OP, x, (3, 3), 1, padding, 1)
     return run_winograd_conv2d(x, weight, bias, residual, geometry, groups, activation)
@@ -134,17 +133,16 @@ def run_winograd_conv2d(
     checked = (x, weight, bias, residual, geometry, groups, activation)
     is_plain = (
         is_eager(x)
-        and x.is_cpu
         and isinstance(weight, WinogradWeight)
         and x.dim() == 4
         # What the op cannot know, and what decides which implementation sees the arguments.
         and x.shape[1] == weight.shape[1] * groups
         and groups == weight.groups
-        and weight.values.is_cpu
-        and (weight.col_idx is None or weight.col_idx.is_cpu)
-        and (weight.row_ptr is None or weight.row_ptr.is_cpu)
-        and (bias is None or bias.is_cpu)
-        and (residual is None or residual.is_cpu)
+        and weight.values.device == x.device
+        and (weight.col_idx is None or weight.col_idx.device == x.device)
+        and (weight.row_ptr is None or weight.row_ptr.device == x.device)
+        and (bias is None or bias.device == x.device)
+        and (residual is None or residual.device == x.device)
     )
     if not is_plain:
         _check(*checked)

@@ -99,6 +99,21 @@ def _depthwise() -> list[ConvCase]:
     return cases + ends + [end.but(h=33, w=33, n=1, activation="relu6") for end in ends]
 
 
+def _winograd() -> list[ConvCase]:
+    base = ConvCase(n=2, c=5, h=9, w=8, k=9, integers=True)
+    cases = [base, base.but(c=18, k=20, groups=2, residual=True, activation="relu", h=5, w=6)]
+    # Tiles of several images in a block, several blocks of tiles, maps of one row or column.
+    for n, h, w in ((70, 1, 2), (1, 17, 19), (3, 1, 9), (1, 9, 1)):
+        cases.append(base.but(n=n, h=h, w=w))
+    # Filters and channels around blocks and chunks, or none.
+    cases += [base.but(n=1, h=5, c=c, k=k) for c, k in ((1, 8), (16, 1), (33, 33), (8, 64), (0, 5))]
+    cases += [base.but(padding=pad) for pad in ((0, 0, 0, 0), (9, 0, 0, 7), (0, 2, 3, 1))]
+    # More channels than the shared memory takes at once; full batches of entries and empty rows.
+    cases += [base.but(n=1, c=70, h=4, w=4, k=17, density=0.9), base.but(density=0.02, c=40)]
+    cases += [base.but(pattern=p, c=19) for p in ("empty", "one_full_row")]
+    return [*cases, base.but(bias=False), base.but(bias=False, residual=True, activation="relu6")]
+
+
 def _pointwise() -> list[ConvCase]:
     base = ConvCase(n=2, c=9, h=5, w=6, k=9, kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full")
     base = base.but(integers=True)
@@ -114,6 +129,15 @@ def _pointwise() -> list[ConvCase]:
 
 
 DEPTHWISE = _depthwise()
+# What the shapes of a block are for, and channels for several blocks of a cluster to share.
+SPLIT = [
+    BASE.but(c=40, k=34),
+    BASE.but(c=64, k=33, h=7, w=7, n=1, density=0.1),
+    BASE.but(c=130, k=40, h=14, w=14, n=1, density=0.05),
+    # A last block of the cluster without channels; rows that have no entry for most of them.
+    BASE.but(c=65, k=34, h=5, w=5, n=1, density=0.02, pattern="some_empty_rows"),
+]
+POINTWISE = _pointwise()
 # Of pattern_conv2d on tensor cores: every block shape, filter groups that share a team and that
 # fill several, chunks in which all columns of eight channels are kept, some or none.
 TENSOR_CORES = [
@@ -124,7 +148,7 @@ TENSOR_CORES = [
     BASE.but(n=1, c=20, k=24, kernel=(5, 5), padding=(2, 2, 2, 2), density=0.02),
     BASE.but(n=1, c=17, k=21, kernel=(1, 7), padding=(0, 0, 3, 3), dilation=(1, 2), w=25),
 ]
-POINTWISE = _pointwise()
+WINOGRAD = _winograd()
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,
@@ -145,17 +169,19 @@ def variants(case: ConvCase) -> list[ConvCase]:
     return cases
 
 
-def huge_image(layout: int, side: int) -> tuple[Tensor, Tensor]:
-    """Two channels of side x side half floats in NCHW (0) or NHWC (1), and their four corners.
+def huge_image(layout: int, side: int, channels: int = 2) -> tuple[Tensor, Tensor]:
+    """Side x side half floats of each channel in NCHW (0) or NHWC (1), and their four corners.
 
-    The corners, 1 to 8, are all that is written: untouched pages of the mapping take no memory.
+    The corners, 1, 2, 3 ..., are all that is written: untouched pages of the mapping take no
+    memory.
     """
     try:
-        memory = mmap.mmap(-1, 4 * side * side)
+        memory = mmap.mmap(-1, 2 * channels * side * side)
     except OSError as error:
         pytest.skip(f"no address space: {error}")
     x = torch.frombuffer(memory, dtype=torch.float16)
-    x = x.view(1, side, side, 2).permute(0, 3, 1, 2) if layout else x.view(1, 2, side, side)
+    sides = (side, side)
+    x = x.view(1, *sides, channels).permute(0, 3, 1, 2) if layout else x.view(1, channels, *sides)
     corners = x[:, :, :: side - 1, :: side - 1]
-    corners.copy_(torch.arange(1, 9).view(1, 2, 2, 2))
+    corners.copy_(torch.arange(1, 4 * channels + 1).view(1, channels, 2, 2))
     return x, corners

@@ -1,5 +1,5 @@
-// Runs SIMT kernels on the host, to test their logic without a GPU: one OS thread, one block at a
-// time, one ucontext fiber per CUDA thread.
+// Runs SIMT kernels on the host, to test their logic without a GPU: one OS thread, one block (or
+// cluster of blocks) at a time, one ucontext fiber per CUDA thread.
 //
 // A warp runs until all its lanes wait at a block barrier or have ended, then the next warp runs:
 // a missing __syncthreads lets a warp read what others have not written, and dynamic shared memory
@@ -7,7 +7,8 @@
 // lanes: 0 ascending, 1 descending, 2 shuffled (fixed seed). Reported as errors: lanes of a warp at
 // different collectives, a mask that names an exited lane, threads at different barriers, a block
 // barrier that some threads never reach, an illegal launch configuration. An asynchronous copy is
-// made when its thread waits for it, no earlier, so that a wait left out shows as well.
+// made when its thread waits for it, no earlier, so that a wait left out shows as well. The shared
+// memory of a block that has ended turns into NaN: the rest of its cluster must not read it.
 //
 // A logic test, no proof: no memory model, no alignment faults, no races between blocks, no PTX.
 #pragma once
@@ -20,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -65,7 +67,8 @@ struct Device {
   int smem_granted_bytes = 48 * 1024;  // raised by cudaFuncSetAttribute, until the next launch
   int64_t max_grid = 2147483647;       // blocks that a launcher may ask for
   int64_t launches = 0;
-  std::string kernel;  // the last one launched, as spelled by the launcher
+  std::string kernel;    // the last one launched, as spelled by the launcher
+  unsigned cluster = 1;  // and its blocks per cluster
 };
 inline Device& device() {
   static Device d;
@@ -76,7 +79,9 @@ inline Device& device() {
   throw std::runtime_error("cuda_emu: " + what);
 }
 
-enum class State { kRun, kBlockBarrier, kWarpCollective, kDone };
+enum class State { kRun, kBlockBarrier, kClusterBarrier, kWarpCollective, kDone };
+
+constexpr size_t kStackBytes = 64 << 10;
 
 // Most bytes a lane brings to a collective: the operands of a sparse matrix product.
 constexpr size_t kMostBytes = 40;
@@ -89,9 +94,10 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
   State state;
-  dim3 index;
+  dim3 index, block_index;
+  unsigned rank;  // of its block in the cluster
   unsigned linear, mask;
   const void* site;                               // which collective or barrier it waits at
   size_t bytes;                                   // of what it brought
@@ -102,14 +108,15 @@ struct Thread {
 };
 
 struct Simulator {
-  dim3 grid, block, block_index;
-  std::vector<Thread> threads;
+  dim3 grid, block;
+  std::vector<Thread> threads;  // of all blocks of the cluster, one after the other
   Thread* current = nullptr;
   ucontext_t scheduler;
-  std::vector<float> smem;
+  std::vector<float> smem;  // likewise
+  size_t block_floats;
   std::function<void()> body;
   std::string error;
-  int any_predicate = 0, any_result = 0;  // of __syncthreads_or
+  std::vector<int> any_predicate, any_result;  // of __syncthreads_or, by block
 };
 inline Simulator& sim() {
   static Simulator s;
@@ -178,47 +185,82 @@ inline void run_warp(Simulator& s, unsigned first, int order, std::mt19937& rand
   }
 }
 
-inline void run_block(Simulator& s, int order, std::mt19937& random) {
-  const unsigned n = s.threads.size();
-  if (!s.smem.empty()) std::memset(s.smem.data(), 0xff, s.smem.size() * sizeof(float));
-  std::vector<unsigned> warps;
+// Lets the threads of a block pass the barrier at which all of them wait. False if none waits.
+inline bool release_block(Simulator& s, unsigned rank, unsigned n) {
+  Thread* block = &s.threads[rank * n];
+  unsigned waiting = 0;
+  const void* site = nullptr;
   for (unsigned i = 0; i < n; ++i) {
+    if (block[i].state != State::kBlockBarrier) continue;
+    if (waiting++ && block[i].site != site) fail("__syncthreads from different places");
+    site = block[i].site;
+  }
+  if (!waiting) return false;
+  if (waiting != n) fail("deadlock: a barrier or a collective that some threads never reach");
+  for (unsigned i = 0; i < n; ++i) block[i].state = State::kRun;
+  s.any_result[rank] = s.any_predicate[rank];
+  s.any_predicate[rank] = 0;
+  return true;
+}
+
+// Runs the blocks of a cluster; `first` is the index of the first of them.
+inline void run_cluster(Simulator& s, dim3 first, unsigned blocks, int order,
+                        std::mt19937& random) {
+  const unsigned all = s.threads.size(), n = all / blocks;
+  if (!s.smem.empty()) std::memset(s.smem.data(), 0xff, s.smem.size() * sizeof(float));
+  std::vector<unsigned> ranks, warps;  // warps: first threads, within a block
+  for (unsigned rank = 0; rank < blocks; ++rank) ranks.push_back(rank);
+  for (unsigned i = 0; i < n; i += 32) warps.push_back(i);
+  for (unsigned i = 0; i < all; ++i) {
     Thread& t = s.threads[i];
-    t.linear = i;
+    t.rank = i / n;
+    t.linear = i % n;
+    t.block_index = dim3(first.x + t.rank, first.y, first.z);
     t.state = State::kRun;
     t.issued.clear();
     t.groups.clear();
-    t.index = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
+    t.index = dim3(t.linear % s.block.x, t.linear / s.block.x % s.block.y,
+                   t.linear / (s.block.x * s.block.y));
     getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStackBytes;
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber, 0);
-    if (i % 32 == 0) warps.push_back(i);
   }
-  if (order == 1) std::reverse(warps.begin(), warps.end());
-  s.any_predicate = 0;
+  if (order == 1) {
+    std::reverse(ranks.begin(), ranks.end());
+    std::reverse(warps.begin(), warps.end());
+  }
+  s.any_predicate.assign(blocks, 0);
+  s.any_result.assign(blocks, 0);
   for (;;) {
-    if (order == 2) std::shuffle(warps.begin(), warps.end(), random);
-    for (unsigned first : warps) run_warp(s, first, order, random);
-    unsigned done = 0, waiting = 0;
-    const void* site = nullptr;
-    for (const Thread& t : s.threads) {
-      done += t.state == State::kDone;
-      if (t.state != State::kBlockBarrier) continue;
-      if (waiting++ && t.site != site) fail("__syncthreads from different places");
-      site = t.site;
+    unsigned done = 0, at_cluster_barrier = 0;
+    if (order == 2) std::shuffle(ranks.begin(), ranks.end(), random);
+    for (unsigned rank : ranks) {
+      // A block runs as far as it can before the next one does.
+      do {
+        if (order == 2) std::shuffle(warps.begin(), warps.end(), random);
+        for (unsigned warp : warps) run_warp(s, rank * n + warp, order, random);
+      } while (release_block(s, rank, n));
+      unsigned ended = 0;
+      for (unsigned i = rank * n; i < (rank + 1) * n; ++i) {
+        ended += s.threads[i].state == State::kDone;
+        at_cluster_barrier += s.threads[i].state == State::kClusterBarrier;
+      }
+      done += ended;
+      if (ended == n && s.block_floats)
+        std::memset(&s.smem[rank * s.block_floats], 0xff, s.block_floats * sizeof(float));
     }
-    if (done == n) return;
-    if (waiting != n) fail("deadlock: a barrier or a collective that some threads never reach");
+    if (done == all) return;
+    if (at_cluster_barrier != all)
+      fail("deadlock: a barrier or a collective that some threads never reach");
     for (Thread& t : s.threads) t.state = State::kRun;
-    s.any_result = s.any_predicate;
-    s.any_predicate = 0;
   }
 }
 
 template <class F>
-void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body) {
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body,
+            unsigned cluster = 1) {
   Simulator& s = sim();
   Device& d = device();
   const char* order = getenv("CUDA_EMU_ORDER");
@@ -227,26 +269,27 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body
   const bool too_much = smem_bytes > static_cast<size_t>(d.smem_granted_bytes);
   d.smem_granted_bytes = 48 * 1024;
   if (!n || n > 1024 || !grid.x || grid.x > d.max_grid || !grid.y || grid.y > 65535 || !grid.z ||
-      grid.z > 65535)
+      grid.z > 65535 || cluster < 1 || cluster > 8 || grid.x % cluster || (cluster > 1 && n % 32))
     fail("illegal launch configuration");
   if (too_much) fail("more dynamic shared memory than granted");
   ++d.launches;
   // The enclosing launcher's template arguments are in the type of its lambda.
   d.kernel = std::string(kernel) + " " + __PRETTY_FUNCTION__;
+  d.cluster = cluster;
   s.grid = grid;
   s.block = block;
   s.body = body;
   s.error.clear();
-  s.smem.assign((smem_bytes + 3) / 4, 0.f);
+  s.block_floats = (smem_bytes + 15) / 16 * 4;
+  s.smem.assign(s.block_floats * cluster, 0.f);
   s.smem.shrink_to_fit();
-  s.threads.resize(n);
-  for (Thread& t : s.threads) t.stack.resize(64 << 10);
+  s.threads.resize(n * cluster);
+  for (Thread& t : s.threads)
+    if (!t.stack) t.stack.reset(new char[kStackBytes]);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        s.block_index = dim3(x, y, z);
-        run_block(s, order ? atoi(order) : 0, random);
-      }
+      for (unsigned x = 0; x < grid.x; x += cluster)
+        run_cluster(s, dim3(x, y, z), cluster, order ? atoi(order) : 0, random);
 }
 
 inline __attribute__((noinline)) void barrier() {
@@ -255,10 +298,15 @@ inline __attribute__((noinline)) void barrier() {
 }
 
 inline __attribute__((noinline)) int barrier_or(int predicate) {
-  sim().any_predicate |= predicate != 0;
+  sim().any_predicate[sim().current->rank] |= predicate != 0;
   sim().current->site = __builtin_return_address(0);
   wait(State::kBlockBarrier);
-  return sim().any_result;
+  return sim().any_result[sim().current->rank];
+}
+
+// Dynamic shared memory of the current thread's block.
+inline float* shared_memory() {
+  return sim().smem.data() + sim().current->rank * sim().block_floats;
 }
 
 // A warp collective: every lane of the mask brings a value and leaves with all of them.
@@ -326,7 +374,7 @@ inline void copy_async_wait(size_t left) {
 }  // namespace emu
 
 #define threadIdx (emu::sim().current->index)
-#define blockIdx (emu::sim().block_index)
+#define blockIdx (emu::sim().current->block_index)
 #define blockDim (emu::sim().block)
 #define gridDim (emu::sim().grid)
 #define EMU_SITE                 \
@@ -343,7 +391,7 @@ inline void copy_async_wait(size_t left) {
 #define __shfl_xor_sync(mask, value, lanes) \
   emu::shuffle(mask, value, EMU_LANE ^ static_cast<unsigned>(lanes), EMU_SITE)
 #define __popc(bits) __builtin_popcount(bits)
-#define DYN_SMEM(T, name) T* const name = reinterpret_cast<T*>(emu::sim().smem.data())
+#define DYN_SMEM(T, name) T* const name = reinterpret_cast<T*>(emu::shared_memory())
 #define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   ((void)(stream), emu::launch(#kernel, grid, block, smem_bytes, [&] { kernel(__VA_ARGS__); }))
 
@@ -366,6 +414,12 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
   if (value > emu::device().smem_optin_bytes) return cudaErrorInvalidValue;
   emu::device().smem_granted_bytes = value;
   return cudaSuccess;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 
 // The two 16-bit storage types, by integer arithmetic: no toolkit header and no F16C needed.
@@ -391,14 +445,15 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 
 inline float __half2float(__half v) {
-  const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  const uint32_t exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
   float f;
-  if (exponent == 31)
-    f = mantissa ? NAN : INFINITY;
-  else if (exponent == 0)
-    f = std::ldexp(static_cast<float>(mantissa), -24);
-  else
-    f = std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+  if (exponent == 0) {
+    f = static_cast<float>(mantissa) * 0x1p-24f;
+  } else {
+    // 15 becomes 127; infinity and NaN keep all bits.
+    const uint32_t bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    std::memcpy(&f, &bits, 4);
+  }
   return v.bits >> 15 ? -f : f;
 }
 

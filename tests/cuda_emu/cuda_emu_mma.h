@@ -25,17 +25,23 @@ struct Operands {
   uint32_t a[4], b[kB], metadata;
 };
 
+// What a lane brought, where it lies: copies would take most of the time.
+template <int kB>
+const Operands<kB>& brought(int lane) {
+  return *reinterpret_cast<const Operands<kB>*>(emu::sim().current->seen[lane]);
+}
+
 // Element (row, k) of the 16 x 16 operand A: four quadrants of 8 x 8, the lower rows first.
 template <typename T, int kB>
 float a_at(int row, int k) {
-  const auto from = emu::brought_by<Operands<kB>>(row % 8 * 4 + k % 8 / 2);
+  const auto& from = brought<kB>(row % 8 * 4 + k % 8 / 2);
   return element<T>(from.a[row / 8 + k / 8 * 2], k % 2);
 }
 
 // Element (k, column) of the operand B of 8 columns: eight rows a register.
 template <typename T, int kB>
 float b_at(int k, int column) {
-  const auto from = emu::brought_by<Operands<kB>>(column * 4 + k % 8 / 2);
+  const auto& from = brought<kB>(column * 4 + k % 8 / 2);
   return element<T>(from.b[k / 8], k % 2);
 }
 
@@ -73,9 +79,9 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
 }
 
 // Stored column k of a row stands for column 4 * (k / 2) + index of the full 32, where the index is
-// two bits at 2 * (k % 8) of a half word: of lane 4 * (row % 8) + k / 8, the upper one for row
-// >= 8.
-template <typename T>
+// two bits at 2 * (k % 8) of a half word: of lane 4 * (row % 8) + 2 * kSelector + k / 8, the upper
+// one for row >= 8.
+template <typename T, int kSelector = 0>
 void mma_sparse_16x8x32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                         uint32_t metadata) {
   emulated::Operands<4> own{};
@@ -86,7 +92,7 @@ void mma_sparse_16x8x32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   const int row = static_cast<int>(EMU_LANE) / 4, column = static_cast<int>(EMU_LANE) % 4 * 2;
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < 16; ++k) {
-      const auto from = emu::brought_by<emulated::Operands<4>>(row * 4 + k / 8);
+      const auto& from = emulated::brought<4>(row * 4 + 2 * kSelector + k / 8);
       const int index = from.metadata >> (16 * half + 2 * (k % 8)) & 3;
       const int before = k % 2 ? from.metadata >> (16 * half + 2 * (k % 8) - 2) & 3 : -1;
       if (index <= before) emu::fail("mma_sparse: indices of a pair do not ascend");
@@ -109,7 +115,7 @@ inline void ldmatrix_x2_trans(uint32_t (&to)[2], const void* row) {
   emulated::ldmatrix(to, row, true, EMU_SITE);
 }
 
-template <int kBytes>
+template <int kBytes, bool kCached = false>
 void copy_async(void* shared, const void* global, bool inside) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emu::copy_async({shared, inside ? global : nullptr, kBytes});

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tests.cases import Problem, memory_format
 from tests.ops import pattern
+from tests.ops.winograd import WinogradProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -87,6 +89,17 @@ class PatternParams(ConvParams):
     ]
 
 
+class WinogradParams(ConvParams):
+    """Mirror of ``WinogradConv2dParams``."""
+
+    _fields_ = [
+        ("tile", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        ("col_idx", ctypes.c_void_p),
+        ("row_ptr", ctypes.c_void_p),
+    ]
+
+
 class PointwiseParams(ConvParams):
     """Mirror of ``PointwiseConv2dParams``."""
 
@@ -134,15 +147,17 @@ def build(
             source = source.replace(text, replacement)
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source)
-    objects = []
-    for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or _includes(path, edits):
-            copy = folder / "cuda" / path.name
-            source_path = copy if copy.exists() else path
-            compiled = output.parent / f"{path.stem}.o"
-            objects.append(_compile(source_path, compiled, flags, folder))
-        else:
-            objects.append(_sound_object(path, flags))
+
+    def compiled(path: Path) -> Path:
+        if path.name not in edits and not _includes(path, edits):
+            return _sound_object(path, flags)
+        copy = folder / "cuda" / path.name
+        source_path = copy if copy.exists() else path
+        return _compile(source_path, output.parent / f"{path.stem}.o", flags, folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+        objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
 
@@ -160,6 +175,14 @@ def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -
     return output
 
 
+def build_one(source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one file of the tests' own into a library beside it."""
+    output = source.with_suffix(".so")
+    compiled = _compile(source, source.with_suffix(".o"), flags)
+    _run(*flags, "-shared", str(compiled), "-o", str(output))
+    return output
+
+
 @functools.cache
 def _objects_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="cuda_emu_"))
@@ -170,8 +193,8 @@ def _objects_folder() -> Path:
 @functools.cache
 def _sound_object(source: Path, flags: tuple[str, ...]) -> Path:
     """The object of an unedited source, compiled once per process."""
-    name = f"{source.stem}_{len(list(_objects_folder().iterdir()))}.o"
-    return _compile(source, _objects_folder() / name, flags)
+    name = "_".join((source.stem, *flags)).replace("/", "_")
+    return _compile(source, _objects_folder() / f"{name}.o", flags)
 
 
 def _run(*arguments: str) -> None:
@@ -209,6 +232,8 @@ class Emulator:
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
+        self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
+        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
@@ -217,22 +242,33 @@ class Emulator:
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
         assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
+        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
         assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
     def set_device(
-        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+        self,
+        sm_count: int = 4,
+        smem_bytes: int = 227 * 1024,
+        max_grid: int = 2**31 - 1,
+        clusters: bool = True,
     ) -> None:
         """What the launchers are told about the GPU; it steers their choice of kernel.
 
         With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
         """
         self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
+        self._lib.emu_set_clusters(int(clusters))
 
     @property
     def launches(self) -> int:
         """Kernels launched so far."""
         return int(self._lib.emu_launches())
+
+    @property
+    def cluster(self) -> int:
+        """Blocks per cluster of the last launch."""
+        return int(self._lib.emu_cluster())
 
     @property
     def kernel(self) -> str:
@@ -272,12 +308,12 @@ class Emulator:
         self._raise(self._lib.emu_multiply(bfloat16, *pointers[:2], *others, pointers[2]))
         return d
 
-    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor) -> Tensor:
+    def multiply_sparse(self, a: Tensor, b: Tensor, metadata: Tensor, selector: int) -> Tensor:
         """2:4 sparse A (16, 32), stored as (16, 16), times B (32, 8); metadata of each lane."""
         a, b, d = a.contiguous(), b.contiguous(), torch.empty(16, 8)
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, metadata, d)]
         bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
-        self._raise(self._lib.emu_multiply_sparse(bfloat16, *pointers))
+        a_, b_, words, d_ = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, metadata, d))
+        self._raise(self._lib.emu_multiply_sparse(bfloat16, a_, b_, words, selector, d_))
         return d
 
     def divergent_barrier(self) -> None:
@@ -334,12 +370,40 @@ class Emulator:
     def pattern(self, packed: pattern.PatternProblem) -> Tensor:
         """pattern_conv2d; the output starts as NaN."""
         y = _poisoned(packed.problem)
-        arrays = dict(zip(pattern.NAMES, packed.arrays, strict=True))
-        self.pattern_raw(
-            PatternParams(
-                **_common(packed.problem, y),
-                **{name: array.data_ptr() for name, array in arrays.items()},
-                filter_groups=arrays["group_rows"].numel() - 1,
+        self.pattern_raw(pattern_params(packed, y))
+        return y
+
+    def pattern_2_4_workspace(self, params: PatternParams) -> int:
+        """Bytes that pattern_conv2d_2_4 wants, 0 where it does not apply."""
+        return int(self._lib.emu_pattern_conv2d_2_4_workspace_bytes(ctypes.byref(params)))
+
+    def pattern_2_4_raw(self, params: PatternParams, workspace: Tensor) -> None:
+        """pattern_conv2d_2_4 on a parameter block; raises as `forward_raw`."""
+        pointer = ctypes.c_void_p(workspace.data_ptr())
+        self._raise(self._lib.emu_pattern_conv2d_2_4(ctypes.byref(params), pointer))
+
+    def pattern_2_4(self, packed: pattern.PatternProblem) -> Tensor:
+        """pattern_conv2d_2_4; output and workspace start as NaN."""
+        y = _poisoned(packed.problem)
+        params = pattern_params(packed, y)
+        words = self.pattern_2_4_workspace(params) // 8
+        self.pattern_2_4_raw(params, torch.full((words,), -1, dtype=torch.int64))
+        return y
+
+    def winograd_raw(self, params: WinogradParams) -> None:
+        """winograd_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_winograd_conv2d(ctypes.byref(params)))
+
+    def winograd(self, p: WinogradProblem) -> Tensor:
+        """winograd_conv2d; the output starts as NaN."""
+        y = _poisoned(p.problem)
+        self.winograd_raw(
+            WinogradParams(
+                **_common(p.problem, y),
+                tile=p.tile,
+                values=p.values.data_ptr(),
+                col_idx=_pointer(p.col_idx),
+                row_ptr=_pointer(p.row_ptr),
             )
         )
         return y
@@ -378,6 +442,13 @@ class Emulator:
             )
         )
         return result
+
+
+def pattern_params(packed: pattern.PatternProblem, y: Tensor) -> PatternParams:
+    """The block of a problem, which has to outlive it."""
+    pointers = zip(pattern.NAMES, (array.data_ptr() for array in packed.arrays), strict=True)
+    groups = packed.arrays[3].numel() - 1
+    return PatternParams(**_common(packed.problem, y), **dict(pointers), filter_groups=groups)
 
 
 def _poisoned(problem: Problem) -> Tensor:

@@ -5,6 +5,7 @@
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
 #include "cuda_emu.h"
+#include "cuda_emu_cluster.h"
 
 namespace {
 std::string message;  // NOLINT: what emu_message() points to must outlive the call
@@ -55,7 +56,7 @@ void multiply(const T* a, const T* b, bool b_by_column, bool wait, float* d) {
 
 // The same of a 2:4 sparse A (16 x 32), stored as 16 x 16, and B [k][column].
 template <typename T>
-void multiply_sparse(const T* a, const T* b, const uint32_t* metadata, float* d) {
+void multiply_sparse(const T* a, const T* b, const uint32_t* metadata, int selector, float* d) {
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   DYN_SMEM(T, shared);
   T* const b_tile = shared + 16 * 16;
@@ -68,7 +69,11 @@ void multiply_sparse(const T* a, const T* b, const uint32_t* metadata, float* d)
   sparsecnn::cuda::ldmatrix_x4(a_part, shared + (lane & 15) * 16 + lane / 16 * 8);
   sparsecnn::cuda::ldmatrix_x4_trans(b_part, b_tile + lane * 8);
   float sum[4] = {};
-  sparsecnn::cuda::mma_sparse_16x8x32<T>(sum, a_part, b_part, metadata[lane]);
+  if (selector == 0) {
+    sparsecnn::cuda::mma_sparse_16x8x32<T>(sum, a_part, b_part, metadata[lane]);
+  } else {
+    sparsecnn::cuda::mma_sparse_16x8x32<T, 1>(sum, a_part, b_part, metadata[lane]);
+  }
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
@@ -96,13 +101,14 @@ int emu_multiply(bool bfloat16, const void* a, const void* b, bool b_by_column, 
 }
 
 int emu_multiply_sparse(bool bfloat16, const void* a, const void* b, const uint32_t* metadata,
-                        float* d) {
+                        int selector, float* d) {
   return one_warp([&] {
     if (bfloat16) {
       multiply_sparse(static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b),
-                      metadata, d);
+                      metadata, selector, d);
     } else {
-      multiply_sparse(static_cast<const __half*>(a), static_cast<const __half*>(b), metadata, d);
+      multiply_sparse(static_cast<const __half*>(a), static_cast<const __half*>(b), metadata,
+                      selector, d);
     }
   });
 }
@@ -123,6 +129,18 @@ int emu_pattern_conv2d(const sparsecnn::PatternConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::pattern_conv2d(*params, nullptr); });
 }
 
+int64_t emu_pattern_conv2d_2_4_workspace_bytes(const sparsecnn::PatternConv2dParams* params) {
+  return sparsecnn::cuda::pattern_conv2d_2_4_workspace_bytes(*params);
+}
+
+int emu_pattern_conv2d_2_4(const sparsecnn::PatternConv2dParams* params, void* workspace) {
+  return guarded([&] { return sparsecnn::cuda::pattern_conv2d_2_4(*params, workspace, nullptr); });
+}
+
+int emu_winograd_conv2d(const sparsecnn::WinogradConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::winograd_conv2d(*params, nullptr); });
+}
+
 int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
 }
@@ -139,6 +157,10 @@ void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }
 
+void emu_set_clusters(int has_clusters) { emu::device_has_clusters() = has_clusters != 0; }
+
+int emu_cluster() { return static_cast<int>(emu::device().cluster); }
+
 int64_t emu_launches() { return emu::device().launches; }
 
 const char* emu_kernel() { return emu::device().kernel.c_str(); }
@@ -148,6 +170,7 @@ size_t emu_sizeof_params() { return sizeof(sparsecnn::CsrConv2dParams); }
 size_t emu_sizeof_depthwise_params() { return sizeof(sparsecnn::DepthwiseConv2dParams); }
 
 size_t emu_sizeof_pattern_params() { return sizeof(sparsecnn::PatternConv2dParams); }
+size_t emu_sizeof_winograd_params() { return sizeof(sparsecnn::WinogradConv2dParams); }
 
 // One barrier that half of the block never reaches: the emulator must refuse it.
 int emu_divergent_barrier() {

@@ -17,8 +17,45 @@ from tests.cuda_emu.emulator import Emulator, ForwardParams, GradParams
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
-# Multiprocessors of the pretended GPU: the fewer, the larger the block that fills them twice.
-SM_COUNTS = {"large": 0, "medium": 1, "small": 100_000}
+LARGE, MEDIUM, SMALL = "2, 32, 4, 8", "1, 32, 2, 16", "1, 16, 2, 16"
+# (multiprocessors of the pretended GPU, a case) and what they get: block shape, blocks per cluster.
+CHOICES = {
+    (1, cases.SPLIT[0]): (LARGE, 1),
+    (3, cases.SPLIT[0]): (SMALL, 1),
+    (4, cases.SPLIT[0]): (MEDIUM, 1),
+    (4, cases.SPLIT[1]): (SMALL, 2),
+    (8, cases.SPLIT[1]): (SMALL, 4),
+    (4, cases.SPLIT[2]): (LARGE, 2),
+    (16, cases.SPLIT[2]): (LARGE, 8),
+    (64, cases.SPLIT[3]): (SMALL, 8),
+}
+# Faults that clusters, half warps, strips and sorted filters can have: (text, replacement).
+KERNEL_FAULTS = {
+    "sums of the cluster read too early": (
+        "cluster_sync();\n    else\n      __syncthreads();\n    const int share",
+        "__syncthreads();\n    else\n      __syncthreads();\n    const int share",
+    ),
+    "a block ends while others read its sums": (
+        "cluster_sync();\n    else\n      __syncthreads();\n  }\n}",
+        "__syncthreads();\n    else\n      __syncthreads();\n  }\n}",
+    ),
+    "no barrier after describing the work": ("header);\n    __syncthreads();", "header);"),
+    "half warps are not added up": ("if (kTogether == 2)", "if (kTogether == 3)"),
+    "filters are not put back": (
+        "const int f = header->filter[rank_of(j)]",
+        "const int f = header->filter[j * kWarps + warp]",
+    ),
+}
+PART_FAULTS = {
+    "equal rows share a rank": ("(theirs == mine && other < lane)", "false"),
+    "the search skips the first entry": ("(count - 1) * step + 1 : 0", "count * step : 0"),
+    "a strip's last row is outside": (
+        "ceil_div(extent - origin, step) : 0",
+        "ceil_div(extent - origin, step) - 1 : 0",
+    ),
+}
+FAULTS = {name: {"csr_conv2d.cu": fault} for name, fault in KERNEL_FAULTS.items()}
+FAULTS |= {name: {"csr_conv2d_tile.cuh": fault} for name, fault in PART_FAULTS.items()}
 
 
 def check_grad(problem: Problem, emu: Emulator) -> Tensor:
@@ -59,31 +96,79 @@ def check_grad(problem: Problem, emu: Emulator) -> Tensor:
     return got
 
 
-@pytest.mark.parametrize("size", SM_COUNTS)
+@pytest.mark.parametrize("sm_count", [1, 100_000])
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_integers_are_exact(emu: Emulator, family: str, size: str) -> None:
-    emu.set_device(SM_COUNTS[size])
-    kernels = set()
-    for case in cases.FAMILIES[family]:
-        if size == "large" and case.groups == 1:
-            case = case.but(k=case.k + 16)  # what the largest block is for
-        for layout in ("contiguous", "channels_last"):
-            problem = build(case.but(layout=layout))
+def test_integers_are_exact(emu: Emulator, family: str, sm_count: int) -> None:
+    # Large blocks where possible, then small ones everywhere; each case in both layouts in all.
+    emu.set_device(sm_count)
+    for index, case in enumerate(cases.FAMILIES[family]):
+        layout = "channels_last" if index % 2 == (sm_count == 1) else "contiguous"
+        problem = build(case.but(layout=layout))
+        problem.check(emu.forward(problem))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: f"{c[0]} x {c[1].id}")
+def test_every_block_and_split(
+    emu: Emulator, choice: tuple[int, ConvCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sm_count, case = choice
+    emu.set_device(sm_count)
+    for order, layout, residual in (
+        ("0", "contiguous", False),
+        ("1", "channels_last", True),
+        ("2", "contiguous", True),
+    ):
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        problem = build(case.but(layout=layout, residual=residual))
+        problem.check(emu.forward(problem))
+        assert (emu.kernel, emu.cluster) == (
+            f"launch_tiled<float, {CHOICES[choice][0]}>",
+            CHOICES[choice][1],
+        )
+
+
+def test_many_chunks(emu: Emulator, thread_order: str) -> None:
+    # Little shared memory; where nothing is stored, all chunks but the first are skipped.
+    some = cases.SPLIT[1].but(density=0.3)
+    one_in_many = some.but(c=150, k=8, density=0.002)
+    for case in (some, some.but(layout="channels_last"), one_in_many, some.but(pattern="empty")):
+        for sm_count in (1, 8):
+            emu.set_device(sm_count, smem_bytes=48 * 1024)
+            problem = build(case)
             problem.check(emu.forward(problem))
-            kernels.add(emu.kernel)
-    block = {"large": "8, 4, 8", "medium": "4, 2, 8", "small": "2, 1, 8"}[size]
-    assert f"launch_tiled<float, {block}>" in kernels
+            assert "tiled" in emu.kernel
+
+
+def test_split_in_every_type(emu: Emulator) -> None:
+    emu.set_device(8)
+    for variant in cases.variants(cases.SPLIT[1].but(residual=True, activation="relu")):
+        problem = build(variant)
+        problem.check(emu.forward(problem))
+        assert emu.cluster > 1
+
+
+def test_no_split_without_clusters(emu: Emulator) -> None:
+    for sm_count, case in CHOICES:
+        emu.set_device(sm_count, clusters=False)
+        problem = build(case)
+        problem.check(emu.forward(problem))
+        assert emu.cluster == 1
 
 
 def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    # No test can fill a grid of 2^31 blocks: a limit of 3 takes its place.
-    emu.set_device(max_grid=3)
+    # No test can fill a grid of 2^31 blocks: a limit of 3, or of one cluster, takes its place.
+    emu.set_device(1, max_grid=3)
     for case in cases.CORE:
         for order, layout in (("0", "contiguous"), ("1", "contiguous"), ("2", "channels_last")):
             monkeypatch.setenv("CUDA_EMU_ORDER", order)
             problem = build(case.but(layout=layout))
             problem.check(emu.forward(problem))
             check_grad(problem, emu)
+    for (sm_count, case), (_, splits) in CHOICES.items():
+        emu.set_device(sm_count, max_grid=splits)
+        problem = build(case)
+        problem.check(emu.forward(problem))
+        assert emu.cluster == splits
 
 
 @pytest.mark.parametrize("case", cases.CORE, ids=lambda c: c.id)
@@ -102,23 +187,56 @@ def test_activations_in_every_type(emu: Emulator, activation: str) -> None:
         problem.check(emu.forward(problem))
 
 
-def test_both_kernels_and_all_blocks_give_the_same_bits(emu: Emulator) -> None:
-    # Same products in the same order with the same rounding, whatever the tiling.
-    # The second number: multiprocessors that the medium block fills twice, the large one not.
-    for case, medium in ((cases.BASE.but(k=34, c=40), 3), (cases.CORE[1], 2)):
-        case = case.but(integers=False)
-        problem = build(case)
-        results, kernels = [], set()
-        for sm_count in (0, medium, 100_000):
-            emu.set_device(sm_count)
-            results.append(emu.forward(problem))
-            kernels.add(emu.kernel)
-        results.append(emu.forward(problem_with_direct_kernel(case)))
+def test_whole_warps_and_the_direct_kernel_give_the_same_bits(emu: Emulator) -> None:
+    # Same products in the same order with the same rounding: an entry a time, not split.
+    case = cases.SPLIT[0].but(integers=False)
+    problem = build(case)
+    results, kernels = [], set()
+    for sm_count in (1, 4):
+        emu.set_device(sm_count, clusters=False)
+        results.append(emu.forward(problem))
         kernels.add(emu.kernel)
-        assert len(kernels) == 4, kernels  # large, medium, small, direct
-        assert any("direct" in name for name in kernels), kernels
-        for other in results[1:]:
-            assert torch.equal(results[0], other)
+    results.append(emu.forward(problem_with_direct_kernel(case)))
+    kernels.add(emu.kernel)
+    assert kernels == {
+        f"launch_tiled<float, {LARGE}>",
+        f"launch_tiled<float, {MEDIUM}>",
+        "launch_direct<float>",
+    }
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: f"{c[0]} x {c[1].id}")
+def test_any_order_of_threads_gives_the_same_bits(
+    emu: Emulator, choice: tuple[int, ConvCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = build(choice[1].but(integers=False))
+    results = []
+    for order in ("0", "1", "2"):
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        emu.set_device(choice[0])
+        results.append(emu.forward(problem))
+    problem.check(results[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = FAULTS[fault]
+    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+    emu.set_device(8)
+    problem = build(cases.SPLIT[1])
+    for order in ("0", "1", "2"):  # a race may be hidden by one order of execution, not by all
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        try:
+            problem.check(emu.forward(problem))
+        except (AssertionError, RuntimeError):
+            assert emu.cluster == 4
+            return
+    raise AssertionError(f"not caught: {fault}")
 
 
 def problem_with_direct_kernel(case: ConvCase) -> Problem:
@@ -150,8 +268,8 @@ def test_halo_beyond_shared_memory_goes_direct(emu: Emulator, layout: str) -> No
 
 
 def test_wide_halo_asks_for_more_shared_memory(emu: Emulator) -> None:
-    # One channel of the staged tile needs more than 48 KB, less than what the GPU may grant.
-    case = cases.BASE.but(dilation=(60, 60), padding=(60, 60, 60, 60), n=1, c=2, k=8, w=20)
+    # One channel of the staged tile needs more than a half of what the GPU may grant.
+    case = cases.BASE.but(dilation=(50, 50), padding=(50, 50, 50, 50), n=1, c=2, k=8, w=20)
     problem = build(case)
     problem.check(emu.forward(problem))
     assert "tiled" in emu.kernel

@@ -23,8 +23,8 @@ FORWARD, GRADIENT = "csr_conv2d.cu", "csr_conv2d_grad_values.cu"
 FAULTS = {
     "no barrier after staging": (
         FORWARD,
-        "q0 * t.stride_w - t.pad_left);\n      __syncthreads();",
-        "q0 * t.stride_w - t.pad_left);",
+        "channels);\n      __syncthreads();",
+        "channels);",
     ),
     "no barrier before staging": (
         FORWARD,
@@ -37,9 +37,9 @@ FAULTS = {
         "cursor[j] += count;",
     ),
     "halo shifted by one": (
-        FORWARD,
-        "q0 * t.stride_w - t.pad_left)",
-        "q0 * t.stride_w + 1 - t.pad_left)",
+        "csr_conv2d_tile.cuh",
+        "q0 * t.stride_w - t.pad_left;",
+        "q0 * t.stride_w + 1 - t.pad_left;",
     ),
     "no barrier in the team sum": (
         GRADIENT,
@@ -60,6 +60,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def is_wrong(emu: Emulator, case: ConvCase, gradient: bool) -> bool:
     """Whether the emulator objects or the result differs from the sound kernels' rules."""
     problem = build(case)
+    emu.set_device(1, smem_bytes=64 * 1024)  # for several chunks of channels
     try:
         if not gradient:
             problem.check(emu.forward(problem))
@@ -73,7 +74,7 @@ def is_wrong(emu: Emulator, case: ConvCase, gradient: bool) -> bool:
     return not torch.equal(got.double(), dense.reshape(case.k, -1)[rows, problem.col_idx.long()])
 
 
-# Several chunks of channels; a batch large enough for a block to sum together.
+# Several chunks of channels in a cluster; a batch large enough for a block to sum together.
 FORWARD_CASE = cases.BASE.but(c=150, k=17, h=7, w=7, n=1, density=0.3)
 GRADIENT_CASE = cases.BASE.but(n=5, c=2, k=3, h=29, w=30, density=0.5)
 
@@ -153,7 +154,9 @@ def test_sparse_matrix_products(sound: Emulator, dtype: torch.dtype) -> None:
     b = torch.randint(-8, 9, (32, 8), generator=generator).to(dtype)
     # Two bits a stored column, eight columns a half word; rows g and g + 8 share a word.
     halves = (kept.reshape(16, 2, 8) << torch.arange(0, 16, 2)).sum(-1)
-    metadata = torch.full((8, 4), -1, dtype=torch.int64)
-    metadata[:, :2] = halves[:8] | halves[8:] << 16
-    words = (metadata & 0xFFFFFFFF).to(torch.uint32).flatten()
-    assert torch.equal(sound.multiply_sparse(a, b, words), dense.float() @ b.float())
+    for selector in (0, 1):
+        metadata = torch.full((8, 4), -1, dtype=torch.int64)
+        metadata[:, 2 * selector : 2 * selector + 2] = halves[:8] | halves[8:] << 16
+        words = (metadata & 0xFFFFFFFF).to(torch.uint32).flatten()
+        got = sound.multiply_sparse(a, b, words, selector)
+        assert torch.equal(got, dense.float() @ b.float())

@@ -245,6 +245,23 @@ def test_corrupt_arrays_are_named(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(packed, **change).validate()
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 3, 3), (8, 8, 1, 1)])
+def test_a_ratio_that_does_not_hold_is_named(shape: tuple[int, int, int, int]) -> None:
+    packed = PatternWeight.from_dense(masked("2:4", shape), 1, "2:4").validate()
+    with pytest.raises(ValueError, match=r"pattern '1:4' of its name, got 2 columns in a window"):
+        dataclasses.replace(packed, pattern="1:4").validate()
+    # Two of eight channels of a tap would do if they were counted over the taps.
+    dense = torch.zeros(shape)
+    dense[0, 4:7, -1, 0] = 1
+    full = PatternWeight.from_dense(dense, 1, "none")
+    with pytest.raises(ValueError, match=r"pattern '2:4' of its name, got 3 columns in a window"):
+        dataclasses.replace(full, pattern="2:4").validate()
+    dense[0, 4:7, -1, 0] = torch.tensor([1.0, 0, 0])
+    dense[0, 3, -1, 0] = dense[0, 2, -1, 0] = 1
+    split = PatternWeight.from_dense(dense, 1, "none")
+    assert dataclasses.replace(split, pattern="2:4").validate().nnz == 3
+
+
 def test_to_dense_is_differentiable() -> None:
     packed = PatternWeight.from_dense(masked("vector4").double())
     values = packed.values.clone().requires_grad_()

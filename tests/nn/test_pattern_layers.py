@@ -170,6 +170,40 @@ def test_state_dict_with_another_pattern_and_number_of_values() -> None:
         target.weight.validate()
 
 
+def two_of_four() -> nn.Conv2d:
+    """A dense convolution that keeps two of four channels of each tap, each filter its own."""
+    layer = nn.Conv2d(8, 6, 3)
+    order = torch.rand(6, 2, 4, 3, 3, generator=torch.Generator().manual_seed(4)).argsort(2)
+    with torch.no_grad():
+        layer.weight.mul_((order < 2).reshape(6, 8, 3, 3))
+    return layer
+
+
+def test_the_operator_is_told_the_pattern() -> None:
+    layer = PatternConv2d.from_dense(two_of_four(), activation="relu").eval()
+    assert layer.pattern == "2:4"
+    graph = torch.export.export(layer, (torch.randn(1, 8, 5, 5),)).graph
+    (call,) = (node for node in graph.nodes if "pattern_conv2d" in str(node.target))
+    assert call.args[-2:] == ("2:4", "relu")
+
+
+def test_a_ratio_goes_with_the_arrays_that_have_it() -> None:
+    there = two_of_four()
+    whole = nn.Conv2d(8, 6, 3)
+    target = PatternConv2d.from_dense(there)
+    target.load_state_dict(PatternConv2d.from_dense(whole, "none").state_dict())
+    assert target.pattern != "2:4"
+    target.load_state_dict(PatternConv2d.from_dense(there).state_dict())
+    assert target.pattern == "2:4"
+    # The same weight with its zeros stored: they train, and out of the pattern.
+    padded = PatternConv2d.from_dense(whole, "none")
+    with torch.no_grad():
+        padded.values.copy_(there.weight.reshape(-1)[padded.weight.flat_indices()])
+    target.load_state_dict(padded.state_dict())
+    assert target.pattern == "none" and target.nnz == whole.weight.numel()
+    target.weight.validate()
+
+
 def test_a_dense_weight_loads() -> None:
     dense = conv(4, 8, 3, seed=5)
     packed = PatternConv2d(4, 8, 3)

@@ -31,10 +31,12 @@ class PatternProblem:
     Attributes:
         problem: input, bias, residual, the dense weight and what checks the result.
         arrays: the five arrays of the weight, on the device of the input.
+        pattern: its name.
     """
 
     problem: Problem
     arrays: tuple[Tensor, ...]
+    pattern: str = "none"
 
     @property
     def values(self) -> Tensor:
@@ -109,6 +111,7 @@ def op_args(p: PatternProblem) -> tuple[Any, ...]:
         list(case.padding),
         list(case.dilation),
         case.groups,
+        p.pattern,
         case.activation,
     )
 
@@ -139,7 +142,7 @@ def weight_of(p: PatternProblem, values: Tensor | None = None) -> PatternWeight:
     """The weight of a problem, with other values if given (for gradients)."""
     case = p.problem.case
     first = p.values if values is None else values
-    return PatternWeight(first, *p.arrays[1:], case.weight_shape, case.groups)
+    return PatternWeight(first, *p.arrays[1:], case.weight_shape, case.groups, p.pattern)
 
 
 def geometry(p: PatternProblem) -> dict[str, Any]:

@@ -11,9 +11,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecnn.formats.winograd import WinogradWeight
 from tests.cases import ConvCase, Problem, build
 from tests.ops import csr, depthwise, pattern
 from tests.ops.chain import pointwise_args
+
+
+@functools.cache
+def winograd_values(weight: Tensor) -> Tensor:
+    """The transform of a weight, made by the first call: a graph cannot record it."""
+    return WinogradWeight.from_dense(weight, tile=2).values
+
+
+def winograd_conv2d(p: Problem) -> Tensor:
+    """The operator with the transform of a dense weight."""
+    values, case = winograd_values(p.weight).to(p.x.device), p.case
+    y: Tensor = torch.ops.sparsecnn.winograd_conv2d.default(
+        p.x, values, None, None, p.bias, p.residual, case.k, 2, list(case.padding), case.groups,
+        case.activation,
+    )  # fmt: skip
+    return y
+
 
 CASE = ConvCase(n=2, c=8, h=13, w=11, k=8, residual=True, activation="relu", integers=True)
 
@@ -42,6 +60,7 @@ OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
         CASE.but(density=0.3),
         lambda p: torch.ops.sparsecnn.pattern_conv2d.default(*_pattern_args(p)),
     ),
+    "winograd_conv2d": (CASE.but(pattern="full"), winograd_conv2d),
     "pointwise_conv2d": (
         CASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full"),
         lambda p: torch.ops.sparsecnn.pointwise_conv2d.default(*pointwise_args(p, p.weight)),

@@ -96,7 +96,7 @@ def test_weight_on_another_device(name: str) -> None:
 
 ORDER = (
     "x", *NAMES, "bias", "residual", "kernel_size", "stride", "padding", "dilation", "groups",
-    "activation",
+    "pattern", "activation",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import sparsecnn
 import sparsecnn.ops
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.formats.winograd import WinogradWeight, error_growth
@@ -30,6 +31,7 @@ from tests.ops.winograd import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES_OF = {"cpu": DTYPES, "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 BOTH_LAYOUTS = ("contiguous", "channels_last")
 kinds = pytest.mark.parametrize("tile, sparse", KINDS)
 
@@ -53,14 +55,15 @@ CASES = list(enumerate([*filter(fits, families.all_cases()), *extra_cases()]))
 
 
 @pytest.mark.parametrize("number, case", CASES, ids=lambda v: getattr(v, "id", str(v)))
-def test_result(number: int, case: ConvCase, isa: str) -> None:
+def test_result(number: int, case: ConvCase, backend: str) -> None:
     """With real and integer data, in both memory formats; tiles, kinds and dtypes take turns."""
     layouts = BOTH_LAYOUTS if case.layout == "contiguous" else (case.layout,)
     for i, layout in enumerate(layouts):
         turn = number + 2 * i
-        check(make(case.but(layout=layout), *KINDS[turn % 4]))
-        dtype = DTYPES[turn // 4 % 3]
-        check(make(case.but(layout=layout, dtype=dtype, integers=True), *KINDS[(turn + 1) % 4]))
+        check(make(case.but(layout=layout), *KINDS[turn % 4], backend))
+        dtype = DTYPES_OF[backend][turn // 4 % 3]
+        exact = case.but(layout=layout, dtype=dtype, integers=True)
+        check(make(exact, *KINDS[(turn + 1) % 4], backend))
 
 
 def lanes_of(isa: str, dtype: torch.dtype) -> int:
@@ -90,12 +93,12 @@ def test_every_number_of_vectors(
 
 @pytest.mark.parametrize("c", [64, 70, 96, 128, 190, 300, 400, 640, 1200])
 @kinds
-def test_wide_layers_take_shorter_runs(tile: int, sparse: bool, c: int, isa: str) -> None:
+def test_wide_layers_take_shorter_runs(tile: int, sparse: bool, c: int, backend: str) -> None:
     """The transformed input of a run is limited: every number of vectors from 6 down to 1."""
-    side = tile * math.isqrt(7 * LANES[isa])
+    side = tile * math.isqrt(7 * LANES[sparsecnn.isa()])
     case = ConvCase(n=1, c=c, k=3, h=side, w=side, density=0.1, integers=True)
-    check(make(case, tile, sparse))
-    check(make(case.but(integers=False, layout="channels_last", k=1), tile, sparse))
+    check(make(case, tile, sparse, backend))
+    check(make(case.but(integers=False, layout="channels_last", k=1), tile, sparse, backend))
 
 
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
@@ -146,53 +149,57 @@ def test_rows_of_all_lengths_side_by_side(lengths: tuple[int, ...], isa: str) ->
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
 @pytest.mark.parametrize("integers", [False, True])
 def test_small_integers_are_exact_with_tiles_of_two(
-    integers: bool, layout: str, isa: str
+    integers: bool, layout: str, backend: str
 ) -> None:
     """A spatial weight of integers has taps that are quarters; and those of torch are the same."""
     case = ConvCase(n=3, c=40, k=21, h=17, w=23, pattern="full", integers=True, layout=layout)
-    for dtype in DTYPES:
-        problem = build(case.but(dtype=dtype))
+    for dtype in DTYPES_OF[backend]:
+        problem = build(case.but(dtype=dtype), backend)
         if not integers:  # quarters all over
             problem.x.div_(4)
-        weight = WinogradWeight.from_dense(problem.weight, tile=2)
+        weight = WinogradWeight.from_dense(problem.weight.to(backend), tile=2)
         y = sparsecnn.ops.winograd_conv2d(problem.x, weight, problem.bias, padding=1)
-        want = F.conv2d(problem.x.double(), problem.weight.double(), problem.bias.double(), 1, 1)
-        assert torch.equal(y, want.to(dtype))
+        assert problem.bias is not None
+        x, w, b = (t.cpu().double() for t in (problem.x, problem.weight, problem.bias))
+        assert torch.equal(y.cpu(), F.conv2d(x, w, b, 1, 1).to(dtype))
 
 
 @kinds
-def test_function_calls_the_operator(tile: int, sparse: bool, isa: str) -> None:
+def test_function_calls_the_operator(tile: int, sparse: bool, backend: str) -> None:
     for layout in BOTH_LAYOUTS:
-        p = make(ConvCase(layout=layout, residual=True, activation="silu"), tile, sparse)
+        case = ConvCase(layout=layout, residual=True, activation="silu")
+        p = make(case, tile, sparse, backend)
         assert torch.equal(run_function(p), run_op(p))
 
 
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "transposed", "sliced"])
 @pytest.mark.parametrize("x_layout", BOTH_LAYOUTS)
-def test_residual_may_lie_differently(x_layout: str, residual_layout: str, isa: str) -> None:
+def test_residual_may_lie_differently(x_layout: str, residual_layout: str, backend: str) -> None:
     for tile, sparse in KINDS:
-        p = make(ConvCase(residual=True, layout=x_layout, activation="relu"), tile, sparse)
+        case = ConvCase(residual=True, layout=x_layout, activation="relu")
+        p = make(case, tile, sparse, backend)
         assert p.problem.residual is not None
         check(p.but(residual=lay_out(p.problem.residual.contiguous(), residual_layout)))
 
 
 @pytest.mark.parametrize("layout", families.LAYOUTS)
 @kinds
-def test_every_layout(tile: int, sparse: bool, layout: str, isa: str) -> None:
-    for dtype in DTYPES:
-        check(make(ConvCase(layout=layout, c=17, k=9, w=11, dtype=dtype), tile, sparse))
+def test_every_layout(tile: int, sparse: bool, layout: str, backend: str) -> None:
+    for dtype in DTYPES_OF[backend]:
+        case = ConvCase(layout=layout, c=17, k=9, w=11, dtype=dtype)
+        check(make(case, tile, sparse, backend))
 
 
 @kinds
-def test_views_of_the_weight_arrays(tile: int, sparse: bool, isa: str) -> None:
+def test_views_of_the_weight_arrays(tile: int, sparse: bool, backend: str) -> None:
     """Values, indices and bias as every-other-element views of larger buffers."""
 
     def view(t: Tensor) -> Tensor:
-        big = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 77, dtype=t.dtype)
+        big = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 77)
         big[..., ::2] = t
         return big[..., ::2]
 
-    p = make(ConvCase(c=17, k=9), tile, sparse)
+    p = make(ConvCase(c=17, k=9), tile, sparse, backend)
     assert p.problem.bias is not None
     changes = {"values": view(p.values), "bias": view(p.problem.bias)}
     if p.col_idx is not None and p.row_ptr is not None:
@@ -204,8 +211,8 @@ def test_views_of_the_weight_arrays(tile: int, sparse: bool, isa: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [2, 4])
-def test_stored_zeros_are_legal(tile: int, isa: str) -> None:
-    p = make(ConvCase(integers=True), tile, True)
+def test_stored_zeros_are_legal(tile: int, backend: str) -> None:
+    p = make(ConvCase(integers=True), tile, True, backend)
     mask = p.taps != 0
     taps = p.taps.clone()
     taps[:, ::3] = 0
@@ -227,11 +234,11 @@ def test_dense_and_full_sparse_weights_agree_to_the_bit(tile: int, layout: str, 
 
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
 @kinds
-def test_infinities_stay_in_their_tiles(tile: int, sparse: bool, layout: str, isa: str) -> None:
+def test_infinities_stay_in_their_tiles(tile: int, sparse: bool, layout: str, backend: str) -> None:
     """A pixel that is not finite reaches the tiles that read it, and no other output."""
     case = ConvCase(n=3, c=5, k=7, h=19, w=26, layout=layout, density=0.5)
-    p = make(case, tile, sparse)
-    clean = run_op(p)
+    p = make(case, tile, sparse, backend)
+    clean = run_op(p).cpu()
     hit = torch.zeros(case.n, 1, case.h, case.w)
     for n, c, h, w in ((0, 2, 0, 0), (1, 4, 18, 25), (1, 0, 8, 12)):
         hit[n, 0, h, w] = 1
@@ -241,7 +248,7 @@ def test_infinities_stay_in_their_tiles(tile: int, sparse: bool, layout: str, is
     padded = F.pad(hit, (1, columns * tile + 1 - case.w, 1, rows * tile + 1 - case.h))
     read = F.max_pool2d(padded, tile + 2, tile).repeat_interleave(tile, 2)
     read = read.repeat_interleave(tile, 3)[:, :, : case.h, : case.w].expand_as(clean) > 0
-    y = run_op(p)
+    y = run_op(p).cpu()
     assert not bool(read.all()) and torch.equal(y[~read], clean[~read])
     assert bool((~y.isfinite() & read).any((1, 2, 3))[:2].all())
 
@@ -249,13 +256,14 @@ def test_infinities_stay_in_their_tiles(tile: int, sparse: bool, layout: str, is
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
 @kinds
 def test_nothing_beside_the_image_is_read(
-    tile: int, sparse: bool, layout: str, isa: str
+    tile: int, sparse: bool, layout: str, backend: str
 ) -> None:
     """The memory before and behind x holds NaN."""
-    for dtype, w in ((torch.float32, 13), (torch.bfloat16, 37), (torch.float64, 6)):
-        p = make(ConvCase(n=1, c=3, k=4, h=7, w=w, dtype=dtype, layout=layout), tile, sparse)
+    for dtype, w in zip(DTYPES_OF[backend], (13, 37, 6), strict=True):
+        case = ConvCase(n=1, c=3, k=4, h=7, w=w, dtype=dtype, layout=layout)
+        p = make(case, tile, sparse, backend)
         x = p.problem.x
-        around = torch.full((x.numel() + 200,), float("nan"), dtype=dtype)
+        around = x.new_full((x.numel() + 200,), float("nan"))
         inside = around[100:-100].as_strided(x.shape, x.stride(), 100)
         inside.copy_(x)
         check(p.but(x=inside))
@@ -287,14 +295,14 @@ def test_threads_do_not_change_a_bit(
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
 @kinds
 def test_a_batch_is_its_images_to_the_bit(
-    tile: int, sparse: bool, layout: str, isa: str
+    tile: int, sparse: bool, layout: str, backend: str
 ) -> None:
     """Whichever lanes and runs an image's tiles fall into."""
     for case in (
         ConvCase(n=7, c=9, k=11, h=10, w=13, layout=layout),
         ConvCase(n=19, c=4, k=6, groups=2, h=3, w=4, layout=layout, dtype=torch.bfloat16),
     ):
-        p = make(case.but(activation="hardswish"), tile, sparse)
+        p = make(case.but(activation="hardswish"), tile, sparse, backend)
         y = run_op(p)
         for n in range(case.n):
             alone = p.but(x=p.problem.x[n : n + 1], case=p.problem.case.but(n=1))
@@ -302,11 +310,11 @@ def test_a_batch_is_its_images_to_the_bit(
 
 
 @pytest.mark.parametrize("tile", [2, 4])
-def test_many_shapes_share_one_weight(tile: int, isa: str) -> None:
+def test_many_shapes_share_one_weight(tile: int, backend: str) -> None:
     for sparse in (False, True):
-        want = make(ConvCase(c=12, k=18), tile, sparse).values
+        want = make(ConvCase(c=12, k=18), tile, sparse, backend).values
         for h, w in ((5, 5), (9, 8), (17, 3), (1, 1), (30, 31)):
-            p = make(ConvCase(n=1, c=12, k=18, h=h, w=w), tile, sparse)
+            p = make(ConvCase(n=1, c=12, k=18, h=h, w=w), tile, sparse, backend)
             assert torch.equal(p.values, want) and op_args(p)[0].shape == (1, 12, h, w)
             check(p)
 

@@ -63,9 +63,14 @@ class WinogradProblem:
         problem = dataclasses.replace(self.problem, **inner)
         return dataclasses.replace(self, **({"problem": problem} | changes))
 
+    def on(self, device: str) -> WinogradProblem:
+        """With x, bias and residual on a device."""
+        named = {name: getattr(self.problem, name) for name in ("x", "bias", "residual")}
+        return self.but(**{name: t if t is None else t.to(device) for name, t in named.items()})
+
     def expected(self) -> Tensor:
         """The reference result, float64."""
-        case, p = self.problem.case, self.problem
+        case, p = self.problem.case, self.on("cpu").problem
         return reference.winograd_conv2d(
             p.x,
             self.taps,
@@ -76,30 +81,40 @@ class WinogradProblem:
             residual=p.residual,
         )
 
-    def check(self, y: Tensor) -> None:
-        """Fail unless `y` is the right result: exact where sums are, else within the bound."""
-        case, p, expected = self.problem.case, self.problem, self.expected()
+    def check(self, y: Tensor, cuda: bool = False) -> None:
+        """Fail unless `y` is the right result: exact where sums are, else within the bound.
+
+        Args:
+            y: the result.
+            cuda: whether a CUDA kernel made it, though on the CPU.
+        """
+        cuda = cuda or y.is_cuda
+        case, p, expected = self.problem.case, self.on("cpu").problem, self.expected()
         assert y.dtype == case.dtype, f"{self.id}: dtype {y.dtype}"
         if case.integers and case.activation in EXACT_ACTIVATIONS:
             # Coefficients of F(2) are 1 and -1, taps quarters: exact in float32. Those of F(4) have
             # up to 9 bits behind the point, four of which multiply a term: exact in float64.
             if self.tile == 2 or case.dtype == torch.float64:
                 zero = torch.zeros_like(expected)
-                tolerance.assert_within(y, expected.to(case.dtype).double(), zero, self.id)
+                want = expected.to(case.dtype).double()
+                tolerance.assert_within(y.cpu(), want, zero, self.id)
                 return
         magnitude = reference.winograd_magnitude(
             p.x, self.taps, p.bias, padding=case.padding, groups=case.groups, residual=p.residual
         )
+        channels, sparse = self.taps.shape[2], self.col_idx is not None
+        how = tolerance.winograd_on_cuda(channels, self.tile, sparse, case.dtype) if cuda else {}
         bound = tolerance.winograd_bound(
             magnitude,
             expected,
-            self.taps.shape[2],
+            channels,
             (p.bias is not None) + (p.residual is not None),
             self.tile,
             case.dtype,
             case.activation,
+            **how,
         )
-        tolerance.assert_within(y, expected, bound, self.id)
+        tolerance.assert_within(y.cpu(), expected, bound, self.id)
 
 
 def blocks_of(taps: Tensor, groups: int) -> list[Tensor]:
@@ -116,12 +131,12 @@ def blocks_of(taps: Tensor, groups: int) -> list[Tensor]:
 
 def pack(problem: Problem, tile: int, taps: Tensor, mask: Tensor | None = None) -> WinogradProblem:
     """Lay out taps as the operator takes them, with plain code; sparse at the places of `mask`."""
-    groups = problem.case.groups
+    groups, device = problem.case.groups, problem.x.device
     blocks = blocks_of(taps, groups)
     if mask is None:
         none = taps.new_zeros(0, len(taps), BLOCK, taps.shape[2])
         values = torch.cat([none, *(block[None] for block in blocks)]).transpose(2, 3).contiguous()
-        return WinogradProblem(problem, tile, taps, values, None, None)
+        return WinogradProblem(problem, tile, taps, values.to(device), None, None)
     taps = taps * mask
     stored, columns, row_ptr = [taps.new_empty(0)], [torch.empty(0)], [0]
     for block, kept in zip(blocks, blocks_of(mask, groups), strict=True):
@@ -130,15 +145,18 @@ def pack(problem: Problem, tile: int, taps: Tensor, mask: Tensor | None = None) 
         columns.append(kept.nonzero()[:, 2])
         stored.append(block[kept])
     indices = torch.cat(columns).to(torch.int32), torch.tensor(row_ptr, dtype=torch.int32)
-    return WinogradProblem(problem, tile, taps, torch.cat(stored), *indices)
+    arrays = (t.to(device) for t in (torch.cat(stored), *indices))
+    return WinogradProblem(problem, tile, taps, *arrays)
 
 
-def make(case: ConvCase, tile: int = 4, sparse: bool = False) -> WinogradProblem:
+def make(
+    case: ConvCase, tile: int = 4, sparse: bool = False, device: str = "cpu"
+) -> WinogradProblem:
     """The problem of a case: its spatial weight transformed, or sparse taps of its pattern.
 
     F(4) divides by numbers that are no powers of two: with integer data its taps are integers.
     """
-    problem = build(case)
+    problem = build(case, device)
     t, k, c = (tile + 2) ** 2, case.k, case.c // case.groups
     if not sparse and not (case.integers and tile == 4):
         return pack(problem, tile, reference.winograd_taps(problem.weight, tile).to(case.dtype))
@@ -199,7 +217,8 @@ def stain_scratch(dtype: torch.dtype) -> None:
 
 def run_op(p: WinogradProblem) -> Tensor:
     """The registered operator, its allocations and its scratch memory filled with NaN first."""
-    stain_scratch(p.problem.case.dtype)
+    if p.problem.x.device.type == "cpu":
+        stain_scratch(p.problem.case.dtype)
     with nan_filled_allocations():
         y: Tensor = torch.ops.sparsecnn.winograd_conv2d.default(*op_args(p))
     return y
