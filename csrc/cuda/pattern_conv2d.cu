@@ -357,21 +357,23 @@ cudaError_t launch(const PatternConv2dParams& params, cudaStream_t stream) {
   if (sizeof(T) == 2 && s.k >= 6 * params.filter_groups &&
       pattern_conv2d_on_tensor_cores(params, limits, stream, &error))
     return error;
-  const int64_t enough = 2 * static_cast<int64_t>(limits.sm_count);
+  // A larger block needs less shared memory bandwidth (see above); it has to fill the GPU, or as
+  // much of it as that makes up for.
+  const int64_t all = limits.sm_count, half = ceil_div(all, 2);
   const bool shared = s.k >= 2 * params.filter_groups;  // columns, by two filters on average
   // The default budget keeps two to four blocks on an SM; more only where one channel needs it.
   for (const int64_t budget : {kDefaultSmemBytes, static_cast<int64_t>(limits.smem_optin_bytes)}) {
     if (!shared) {
-      if (launch_tiled<T, 4, 1, 4, 8>(params, budget, enough, stream, &error)) return error;
+      if (launch_tiled<T, 4, 1, 4, 8>(params, budget, half, stream, &error)) return error;
       if (launch_tiled<T, 1, 1, 1, 8>(params, budget, 0, stream, &error)) return error;
       continue;
     }
     if constexpr (sizeof(T) == sizeof(float)) {
       if (s.k >= 6 * params.filter_groups &&
-          launch_tiled<T, 8, 8, 1, 8>(params, budget, enough, stream, &error))
+          launch_tiled<T, 8, 8, 1, 8>(params, budget, all, stream, &error))
         return error;
     }
-    if (launch_tiled<T, 4, 4, 1, 8>(params, budget, enough, stream, &error)) return error;
+    if (launch_tiled<T, 4, 4, 1, 8>(params, budget, half, stream, &error)) return error;
     if (launch_tiled<T, 1, 4, 1, 4>(params, budget, 0, stream, &error)) return error;
   }
   return launch_direct<T>(params, stream);

@@ -374,16 +374,17 @@ bool launch_mma(const PatternConv2dParams& params, int64_t budget, int64_t enoug
 template <typename T>
 bool launch(const PatternConv2dParams& params, const DeviceLimits& limits, cudaStream_t stream,
             cudaError_t* error) {
-  const int64_t enough = 2 * static_cast<int64_t>(limits.sm_count);
+  // A larger block reads 1.5 and 3 times less shared memory; it has to fill as much of the GPU.
+  const int64_t all = limits.sm_count, some = ceil_div(all, 3);
   // Half of what a block may have, so that an SM has room for two; more only where it must be.
   const int64_t optin = limits.smem_optin_bytes, half = optin / 2 - 1024;
   for (const int64_t budget : {half > kDefaultSmemBytes ? half : kDefaultSmemBytes, optin}) {
     // Outputs x filters of a block: 128 x 128, 256 x 64, 64 x 64, 16 x 16.
     if (params.shape.k / params.shape.groups > 64 &&
-        launch_mma<T, 4, 8, 2, 2, 1>(params, budget, enough, stream, error))
+        launch_mma<T, 4, 8, 2, 2, 1>(params, budget, all, stream, error))
       return true;
-    if (launch_mma<T, 4, 8, 1, 4, 1>(params, budget, enough, stream, error)) return true;
-    if (launch_mma<T, 2, 8, 1, 2, 2>(params, budget, enough, stream, error)) return true;
+    if (launch_mma<T, 4, 8, 1, 4, 1>(params, budget, all, stream, error)) return true;
+    if (launch_mma<T, 2, 8, 1, 2, 2>(params, budget, some, stream, error)) return true;
     if (launch_mma<T, 1, 2, 1, 1, 4>(params, budget, 0, stream, error)) return true;
   }
   return false;
