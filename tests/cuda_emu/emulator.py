@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
+from tests.chains import ChainProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -75,6 +76,33 @@ class DepthwiseParams(ConvParams):
     """Mirror of ``DepthwiseConv2dParams``."""
 
     _fields_ = [("weight", ctypes.c_void_p)]
+
+
+class ChainStage(ctypes.Structure):
+    """Mirror of ``ChainStage`` in ``core/params.h``."""
+
+    _fields_ = [
+        ("shape", ConvShape),
+        ("activation", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64 * 4),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class ChainParams(ctypes.Structure):
+    """Mirror of ``ChainConv2dParams``."""
+
+    _fields_ = [
+        ("stages", ctypes.c_int32),
+        ("stage", ChainStage * 8),
+        ("n", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    ]
 
 
 class GradParams(ctypes.Structure):
@@ -185,6 +213,9 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
+        self._lib.emu_sizeof_chain_params.restype = ctypes.c_size_t
+        self._lib.emu_workspace_bytes.restype = ctypes.c_int64
+        assert self._lib.emu_sizeof_chain_params() == ctypes.sizeof(ChainParams)
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
@@ -295,6 +326,23 @@ class Emulator:
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory that the last chain asked for."""
+        return int(self._lib.emu_workspace_bytes())
+
+    def chain_raw(self, params: ChainParams) -> None:
+        """chain_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_chain_conv2d(ctypes.byref(params)))
+
+    def chain(self, problem: ChainProblem) -> Tensor:
+        """chain_conv2d; the output starts as NaN."""
+        case, shapes = problem.case, problem.case.shapes
+        y = torch.full((case.n, *shapes[-1]), float("nan"), dtype=case.dtype)
+        y = y.contiguous(memory_format=memory_format(problem.x))
+        self.chain_raw(chain_params(problem, y))
+        return y
+
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
         """csr_conv2d_grad_values; the result starts as NaN."""
         grad_y = grad_y.contiguous(memory_format=memory_format(problem.x))
@@ -333,6 +381,31 @@ def _common(problem: Problem, y: Tensor) -> dict[str, Any]:
         "residual": _pointer(problem.residual),
         "y": y.data_ptr(),
     }
+
+
+def chain_params(problem: ChainProblem, y: Tensor) -> ChainParams:
+    """The parameter block of a chain that writes into `y`; the problem owns what it points to."""
+    case, shapes = problem.case, problem.case.shapes
+    params = ChainParams(
+        stages=len(case.stages),
+        n=case.n,
+        dtype=_DTYPES[case.dtype],
+        layout=int(memory_format(problem.x) is torch.channels_last),
+        x=problem.x.data_ptr(),
+        residual=_pointer(problem.residual),
+        y=y.data_ptr(),
+    )
+    for i, (stage, weight) in enumerate(zip(case.stages, problem.weights, strict=True)):
+        (c, h, w), (k, p, q), pads = shapes[i], shapes[i + 1], stage.pads
+        sizes = (case.n, c, h, w, k, *stage.kernel, p, q, *stage.stride, pads[0], pads[2])
+        params.stage[i] = ChainStage(
+            ConvShape(*sizes, *stage.dilation, problem.groups[i]),
+            _ACTIVATIONS.index(stage.activation),
+            weight.data_ptr(),
+            (ctypes.c_int64 * 4)(*weight.stride()),
+            _pointer(problem.biases[i]),
+        )
+    return params
 
 
 def shape_of(problem: Problem) -> ConvShape:
