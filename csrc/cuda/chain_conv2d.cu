@@ -20,12 +20,13 @@ __device__ __forceinline__ int pad(int channels) {
 }
 
 struct Tile {
-  int64_t n, p0, q0;  // image and first output
-  int k0;             // first channel of its share
+  int64_t n;   // image
+  int p0, q0;  // first output
+  int k0;      // first channel of its share
 };
 
 struct Origin {
-  int64_t row, col;
+  int row, col;
 };
 
 __device__ __forceinline__ Origin origin_of(const Region& r, const Tile& tile) {
@@ -46,13 +47,13 @@ __device__ __forceinline__ Item planar_item(int i, int area) {
 
 template <typename T>
 __device__ __forceinline__ void load_vectors(const T* x, const TensorStrides& xs, const Region& r,
-                                             Origin o, int64_t h, int64_t w, int channels,
-                                             int padded, float* to, int pitch) {
+                                             Origin o, int h, int w, int channels, int padded,
+                                             float* to, int pitch) {
   const int vectors = padded / kVector<T>, area = r.h * r.w;
   for (int i = threadIdx.x; i < area * vectors; i += kChainThreads) {
     const int pixel = i / vectors, c = (i - pixel * vectors) * kVector<T>;
     const int row = pixel / r.w;
-    const int64_t y = o.row + row, z = o.col + (pixel - row * r.w);
+    const int y = o.row + row, z = o.col + (pixel - row * r.w);
     Vector<T> in{};
     if (c < channels && y >= 0 && y < h && z >= 0 && z < w)
       in = *reinterpret_cast<const Vector<T>*>(x + y * xs.h + z * xs.w + c);
@@ -69,15 +70,15 @@ __device__ __forceinline__ void load_vectors(const T* x, const TensorStrides& xs
 
 template <typename T>
 __device__ __forceinline__ void load_scalars(const T* x, const TensorStrides& xs, const Region& r,
-                                             Origin o, int64_t h, int64_t w, int channels,
-                                             int padded, float* to, int pitch, bool planar) {
+                                             Origin o, int h, int w, int channels, int padded,
+                                             float* to, int pitch, bool planar) {
   const int area = r.h * r.w, count = padded * (planar ? (area + 7) / 8 * 8 : area);
   for (int i = threadIdx.x; i < count; i += kChainThreads) {
     Item item{i / padded, i % padded};
     if (planar) item = planar_item(i, area);
     if (item.pixel >= area) continue;
     const int row = item.pixel / r.w;
-    const int64_t y = o.row + row, z = o.col + (item.pixel - row * r.w);
+    const int y = o.row + row, z = o.col + (item.pixel - row * r.w);
     const bool inside = item.channel < channels && y >= 0 && y < h && z >= 0 && z < w;
     to[item.pixel * pitch + item.channel] =
         inside ? to_float(x[y * xs.h + z * xs.w + item.channel * xs.c]) : 0.f;
@@ -93,9 +94,11 @@ __device__ __forceinline__ void load_region(const Ends& e, const ConvShape& s, c
   const int64_t at = tile.n * e.xs.n + c0 * e.xs.c;
   const auto load = [&](auto* x) {
     if (e.x_in_vectors)
-      load_vectors(x + at, e.xs, r, o, s.h, s.w, channels, padded, to, pitch);
+      load_vectors(x + at, e.xs, r, o, static_cast<int>(s.h), static_cast<int>(s.w), channels,
+                   padded, to, pitch);
     else
-      load_scalars(x + at, e.xs, r, o, s.h, s.w, channels, padded, to, pitch, !e.channels_last);
+      load_scalars(x + at, e.xs, r, o, static_cast<int>(s.h), static_cast<int>(s.w), channels,
+                   padded, to, pitch, !e.channels_last);
   };
   if (e.x_is_float)
     load(static_cast<const float*>(e.x));
@@ -195,7 +198,7 @@ __device__ __forceinline__ void run_depthwise(const ChainStage& stage, const Reg
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
       if (col + j >= out.w) break;
-      const int64_t q = o.col + col + j;
+      const int q = o.col + col + j;
       if (finish) {
         const bool inside = row_inside && q >= 0 && q < s.q;
 #pragma unroll
@@ -214,32 +217,30 @@ __device__ __forceinline__ void put_dense(DenseTile<T, kSums>& tile, const Chain
                                           const DensePlan& d, const Region& out, Origin o, int m0,
                                           int filter0, int channels, float* to, int pitch,
                                           bool finish) {
-  using Sums = DenseTile<T, kSums>;
   const ConvShape& s = stage.shape;
-  const int warp = Lane().warp, warp_m = warp & (d.warps_m - 1), warp_n = warp / d.warps_m;
-  const int area = out.h * out.w, first = warp_m * kWarpPixels;
-  bool inside[Sums::kPixels];
-#pragma unroll
-  for (int i = 0; i < Sums::kPixels; ++i) {
-    const int pixel = m0 + first + tile.pixel(i), row = pixel / out.w;
-    const int64_t p = o.row + row, q = o.col + (pixel - row * out.w);
-    inside[i] = p >= 0 && p < s.p && q >= 0 && q < s.q;
-  }
+  const Share own = share_of(d);
+  const int area = out.h * out.w;
   const T* bias = static_cast<const T*>(stage.bias);
-  tile.each(d, warp_n, [&](int i, int channel, const float* sums) {
-    const int pixel = first + tile.pixel(i);
-    if (m0 + pixel >= area || channel >= channels) return;
 #pragma unroll
-    for (int v = 0; v < Sums::kRun; ++v) {
-      float value = sums[v];
+  for (int i = 0; i < DenseTile<T, kSums>::kPixels; ++i) {
+    const int pixel = own.first + tile.pixel(i), row = (m0 + pixel) / out.w;
+    if (m0 + pixel >= area) continue;
+    const int p = o.row + row, q = o.col + (m0 + pixel - row * out.w);
+    const bool inside = p >= 0 && p < s.p && q >= 0 && q < s.q;
+    tile.each(d, own, i, [&](int channel, const float* sums) {
+      if (channel >= channels) return;
+      Pair out_pair{{sums[0], sums[1]}};
       if (finish) {
-        const bool stored = filter0 + channel + v < s.k;
-        if (bias && stored) value += to_float(bias[filter0 + channel + v]);
-        value = inside[i] ? activate(stage.activation, value) : 0.f;
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          float& value = out_pair.v[v];
+          if (bias && filter0 + channel + v < s.k) value += to_float(bias[filter0 + channel + v]);
+          value = inside ? activate(stage.activation, value) : 0.f;
+        }
       }
-      to[pixel * pitch + channel + v] = value;
-    }
-  });
+      *reinterpret_cast<Pair*>(to + pixel * pitch + channel) = out_pair;
+    });
+  }
 }
 
 // `channels` finished outputs from channel k on for pixels [m0, m0 + count) of the tile.
@@ -260,7 +261,7 @@ __device__ __forceinline__ void store_tile(const ChainStage& stage, const Ends& 
     for (int i = threadIdx.x; i < count * vectors; i += kChainThreads) {
       const int pixel = i / vectors, c = (i - pixel * vectors) * kVector<T>;
       const int row = (m0 + pixel) / out.w;
-      const int64_t p = tile.p0 + row, q = tile.q0 + (m0 + pixel - row * out.w);
+      const int p = tile.p0 + row, q = tile.q0 + (m0 + pixel - row * out.w);
       if (p >= s.p || q >= s.q) continue;
       const int64_t at = tile.n * e.ys.n + p * e.ys.h + q * e.ys.w + k + c;
       Vector<T> more{}, y;
@@ -283,7 +284,7 @@ __device__ __forceinline__ void store_tile(const ChainStage& stage, const Ends& 
     if (!e.channels_last) item = planar_item(i, count);
     if (item.pixel >= count || item.channel >= channels) continue;
     const int row = (m0 + item.pixel) / out.w;
-    const int64_t p = tile.p0 + row, q = tile.q0 + (m0 + item.pixel - row * out.w);
+    const int p = tile.p0 + row, q = tile.q0 + (m0 + item.pixel - row * out.w);
     if (p >= s.p || q >= s.q) continue;
     const int64_t at = tile.n * e.ys.n + (k + item.channel) * e.ys.c + p * e.ys.h + q * e.ys.w;
     const float value = value_of(from[item.pixel * pitch + item.channel], item.channel, at);
@@ -296,16 +297,26 @@ __device__ __forceinline__ void store_tile(const ChainStage& stage, const Ends& 
 
 // The channels [c0, c0 + padded) of a step's input of its last stage, made in shared memory.
 // Returns where they lie.
-template <typename T>
+template <typename T, int kSums>
 __device__ __forceinline__ const float* make_chunk(const ChainStage* stages, const ChainPlan& plan,
                                                    const ChainStep& s, const Ends& e,
-                                                   const Tile& tile, int c0, int channels,
-                                                   bool final, float* smem, int* pitch) {
+                                                   const Tile& tile, int c0, int channels, int end,
+                                                   bool final, int k, bool made_before, float* smem,
+                                                   int* pitch) {
   const int padded = pad(channels);
   const float* in = smem + s.source + c0;
   *pitch = s.source_pitch;
   __syncthreads();  // all have used the chunk before
   int next = s.first;
+  const DensePlan& d = s.expand_plan;
+  const ChainStage& expand = stages[s.first];
+  const int wide = pad(static_cast<int>(expand.shape.c));
+  // Copies under way: the weights of this chunk's expansion, if there was a chunk before it, then
+  // those of its reduction, then those of the next chunk's expansion; each wait leaves one group.
+  if (s.reduce)
+    stage_pass<T>(stages[s.last], s.reduce_plan, 0, c0, padded, k, smem);
+  else
+    copy_async_commit();
   float* filters = smem + s.filters;
   for (int i = s.first + s.expand; i <= s.last - s.reduce; ++i) {
     stage_depthwise<T>(stages[i], c0, padded, filters);
@@ -317,24 +328,25 @@ __device__ __forceinline__ const float* make_chunk(const ChainStage* stages, con
     in = smem + s.at[0];
     *pitch = s.pitch;
   } else if (s.expand) {
-    const ChainStage& stage = stages[s.first];
     const Region& out = plan.region[s.first + 1];
-    const DensePlan& d = s.expand_plan;
     float* to = smem + s.at[s.first + 1];
     for (int m0 = 0; m0 < out.h * out.w; m0 += d.warps_m * kWarpPixels)
-      for (int k = 0; k < padded; k += d.slab) {
-        DenseTile<T, 4> sums;
+      for (int n0 = 0; n0 < padded; n0 += d.slab) {
+        DenseTile<T, kSums / 2> sums;
         sums.clear();
-        const int wide = pad(static_cast<int>(stage.shape.c));
-        add_dense(sums, stage, d, out, m0, smem + s.source, s.source_pitch, plan.region[s.first].w,
-                  0, wide, c0 + k, s.first > 0 || e.x_is_float, smem + s.weights);
-        put_dense(sums, stage, d, out, origin_of(out, tile), m0, c0 + k, padded - k,
-                  to + m0 * s.pitch + k, s.pitch, true);
+        add_dense(sums, expand, d, out, m0, smem + s.source, s.source_pitch, plan.region[s.first].w,
+                  0, wide, c0 + n0, s.first > 0 || e.x_is_float ? kAllParts : kParts<T>,
+                  made_before && m0 + n0 == 0, smem);
+        put_dense(sums, expand, d, out, origin_of(out, tile), m0, c0 + n0, padded - n0,
+                  to + m0 * s.pitch + n0, s.pitch, true);
       }
+    __syncthreads();  // the chunk is there, its weights are used
+    if (c0 + s.chunk < end) stage_pass<T>(expand, d, 0, 0, wide, c0 + s.chunk, smem);
     in = to;
     *pitch = s.pitch;
     ++next;
   }
+  if (!s.expand || c0 + s.chunk >= end) copy_async_commit();  // nothing, but a group
   filters = smem + s.filters;
   for (; next <= s.last - s.reduce; ++next) {
     const ChainStage& stage = stages[next];
@@ -368,8 +380,8 @@ __device__ __forceinline__ void run_step(const ChainStage* stages, const ChainPl
   if (!s.reduce) {
     for (int c0 = k_begin; c0 < k_end; c0 += s.chunk) {
       const int channels = k_end - c0 < s.chunk ? k_end - c0 : s.chunk;
-      const float* made =
-          make_chunk<T>(stages, plan, s, e, tile, c0, channels, final, smem, &pitch);
+      const float* made = make_chunk<T, kSums>(stages, plan, s, e, tile, c0, channels, k_end, final,
+                                               0, c0 > k_begin, smem, &pitch);
       __syncthreads();
       if (final) store_tile<T>(last, e, out, tile, 0, area, c0, channels, made, pitch);
     }
@@ -377,16 +389,17 @@ __device__ __forceinline__ void run_step(const ChainStage* stages, const ChainPl
   }
   const DensePlan& d = s.reduce_plan;
   const int channels = static_cast<int>(last.shape.c), slab_m = d.warps_m * kWarpPixels;
-  const bool exact = s.first < s.last || s.first > 0 || e.x_is_float;
+  const int parts = s.last > 0 || e.x_is_float ? kAllParts : kParts<T>;
   for (int m0 = 0; m0 < area; m0 += slab_m)
     for (int k = k_begin; k < k_end; k += d.slab) {
       DenseTile<T, kSums> sums;
       sums.clear();
       for (int c0 = 0; c0 < channels; c0 += s.chunk) {
         const int some = channels - c0 < s.chunk ? channels - c0 : s.chunk;
-        const float* in = make_chunk<T>(stages, plan, s, e, tile, c0, some, final, smem, &pitch);
-        add_dense(sums, last, d, out, m0, in, pitch, plan.region[s.last].w, c0, pad(some), k, exact,
-                  smem + s.weights);
+        const float* in = make_chunk<T, kSums>(stages, plan, s, e, tile, c0, some, channels, final,
+                                               k, c0 > 0, smem, &pitch);
+        add_dense(sums, last, d, out, m0, in, pitch, plan.region[s.last].w, c0, pad(some), k, parts,
+                  true, smem);
       }
       const int left = k_end - k < d.slab ? k_end - k : d.slab;
       __syncthreads();  // all have used what the outputs may overwrite
@@ -415,8 +428,8 @@ __global__ void __launch_bounds__(kChainThreads, kSums == 4 ? 2 : 1)
     // Shares of the channels run fastest: blocks in flight together read the same inputs.
     tile.n = divide(divide(divide(work, plan.slabs, &share), plan.tiles_q, &tile_q), plan.tiles_p,
                     &tile_p);
-    tile.p0 = tile_p * plan.region[plan.stages].h;
-    tile.q0 = tile_q * plan.region[plan.stages].w;
+    tile.p0 = static_cast<int>(tile_p) * plan.region[plan.stages].h;
+    tile.q0 = static_cast<int>(tile_q) * plan.region[plan.stages].w;
     tile.k0 = static_cast<int>(share * plan.slab);
     const ChainStep& first = plan.step[0];
     if (!first.streams) {

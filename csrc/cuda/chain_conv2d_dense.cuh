@@ -1,15 +1,13 @@
 // The dense stages of chain_conv2d.cu: a block's warps multiply pixels in shared memory with
 // weights in shared memory and keep the sums in registers.
 //
-// Inputs are float [pixel][channel]. A warp owns 32 pixels and `units` units of channels.
-//   float32     by fused multiply-adds. A unit is 32 channels; a lane owns 8 pixels, each four
-//   apart
-//               from the next, and 4 neighbouring channels of a unit. Weights are float
-//               [tap][channel][filter].
-//   half types  on tensor cores, which read bfloat16. A unit is 8 channels. A float is cut exactly
-//               into three bfloat16 of 8 bits each (a bfloat16 is one, a half is two), and the
-//               products of all parts are summed: intermediates keep the 24 bits they have on the
-//               CPU. Weights are pairs of parts [part][tap][channel / 2][filter].
+// Inputs are float [pixel][channel], weights [part][tap][channel][filter]. A warp owns 32 pixels
+// and `units` units of 8 filters; a lane the pixels lane / 4 + 8 i and the filters 2 (lane % 4) and
+// the next of each unit, which is how the tensor cores hand out their sums.
+//   float32     by fused multiply-adds, weights in float.
+//   half types  on tensor cores, as bfloat16. A float is cut exactly into three bfloat16 of 8 bits
+//               each (a bfloat16 is one, a half two) and the products of all parts are summed:
+//               intermediates keep the 24 bits that they have on the CPU.
 // Channels are padded with zeros on both sides.
 #pragma once
 #include "cuda/chain_conv2d_plan.h"
@@ -19,31 +17,40 @@ namespace sparsecnn::cuda {
 
 template <typename T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+inline constexpr bool kOnTensorCores = sizeof(T) == 2;
+// Parts of a value stored as T, and of any float.
+inline constexpr int kAllParts = 3;
+template <typename T>
+inline constexpr int kParts = 1;
+template <>
+inline constexpr int kParts<__half> = 2;
 
 template <typename T>
 struct alignas(16) Vector {
   T v[kVector<T>];
 };
-
-template <typename T>
-inline constexpr bool kOnTensorCores = sizeof(T) == 2;
-// Parts of a value stored as T.
-template <typename T>
-inline constexpr int kParts = 3;
-template <>
-inline constexpr int kParts<__nv_bfloat16> = 1;
-template <>
-inline constexpr int kParts<__half> = 2;
-
 struct alignas(8) Pair {
   float v[2];
 };
 struct alignas(16) Quad {
   float v[4];
 };
-struct alignas(16) Words {
+struct alignas(16) Bits {
   uint32_t v[4];
 };
+
+// A weight, or a part of it, in shared memory.
+template <typename T>
+struct WeightOf {
+  using type = uint16_t;
+};
+template <>
+struct WeightOf<float> {
+  using type = float;
+};
+template <typename T>
+using Weight = typename WeightOf<T>::type;
 
 __device__ __forceinline__ uint32_t bits_of(float v) {
   uint32_t bits;
@@ -66,15 +73,21 @@ __device__ __forceinline__ uint32_t take_part(float* low, float* high) {
   return b | a >> 16;
 }
 
-struct Lane {
-  int warp, lane;
-  __device__ Lane() : warp(threadIdx.x / kWarpLanes), lane(threadIdx.x % kWarpLanes) {}
-};
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
 
-// Sums of 32 pixels by units of channels.
-template <typename T, int kSums, bool kMatrix = kOnTensorCores<T>>
-struct DenseTile {  // on tensor cores: two tiles of 16 pixels by kSums tiles of 8 channels
-  static constexpr int kPixels = 4, kRun = 2;  // pixels of a lane, neighbouring channels of it
+// Where a warp stands in a block's dense stage.
+struct Share {
+  int first, filter;  // first pixel and filter, within the block's
+};
+__device__ __forceinline__ Share share_of(const DensePlan& d) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  return {(warp & (d.warps_m - 1)) * kWarpPixels, warp / d.warps_m * d.units * kUnit};
+}
+
+// Sums of 32 pixels by kSums units of filters: two tiles of 16 pixels as of mma_16x8x16.
+template <typename T, int kSums>
+struct DenseTile {
+  static constexpr int kPixels = 4;  // of a lane
   float sum[2][kSums][4];
 
   __device__ __forceinline__ void clear() {
@@ -87,236 +100,218 @@ struct DenseTile {  // on tensor cores: two tiles of 16 pixels by kSums tiles of
   }
 
   // Pixel i of the lane, within the warp's.
-  static __device__ __forceinline__ int pixel(int i) { return Lane().lane / 4 + i * 8; }
+  static __device__ __forceinline__ int pixel(int i) { return lane_id() / 4 + i * 8; }
 
-  // Adds `channels` (a multiple of 16) of one tap. `at`: where the lane's pixels lie in `in`;
-  // `second`: whether the second 16 of them are there; `exact`: the values have 24 bits.
-  __device__ __forceinline__ void add(const float* in, const int (&at)[kPixels], bool second,
-                                      const DensePlan& d, const float* weights, int warp_n,
-                                      int channels, bool exact) {
-    if (exact) {
-      add_parts<3>(in, at, second, d, weights, warp_n, channels);
-    } else {
-      add_parts<kParts<T>>(in, at, second, d, weights, warp_n, channels);
+  // run(filter of the block's slab, its sum and that of the next), for pixel i of the lane.
+  template <class Run>
+  __device__ __forceinline__ void each(const DensePlan& d, const Share& own, int i, Run run) {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) {
+      if (j >= d.units) break;
+      run(own.filter + j * kUnit + lane_id() % 4 * 2, &sum[i / 2][j][i % 2 * 2]);
     }
   }
 
-  template <int kA>
+  // Adds `channels` (a multiple of kGrain) of one tap. `at`: where the lane's pixels lie in `in`;
+  // `weights`: of the warp's first filter; `second`: whether the second 16 pixels are there;
+  // `parts`: of the values.
+  __device__ __forceinline__ void add(const float* in, const int (&at)[kPixels], bool second,
+                                      const DensePlan& d, const Weight<T>* weights, int channels,
+                                      int parts) {
+    if constexpr (kOnTensorCores<T>)
+      add_parts(in, at, second, d, weights, channels, parts);
+    else
+      add_floats(in, at, d, weights, channels);
+  }
+
+  __device__ __forceinline__ void add_floats(const float* in, const int (&at)[kPixels],
+                                             const DensePlan& d, const float* weights,
+                                             int channels) {
+    const float* w = weights + lane_id() % 4 * 2;
+#pragma unroll 1
+    for (int c = 0; c < channels; c += 4) {
+      Quad x[kPixels];
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) x[i] = *reinterpret_cast<const Quad*>(in + at[i] + c);
+#pragma unroll
+      for (int v = 0; v < 4; ++v, w += d.pitch) {
+#pragma unroll
+        for (int j = 0; j < kSums; ++j) {
+          if (j >= d.units) break;
+          const Pair b = *reinterpret_cast<const Pair*>(w + j * kUnit);
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i) {
+            float* to = &sum[i / 2][j][i % 2 * 2];
+            to[0] = fmaf(x[i].v[v], b.v[0], to[0]);
+            to[1] = fmaf(x[i].v[v], b.v[1], to[1]);
+          }
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void add_parts(const float* in, const int (&at)[kPixels], bool second,
-                                            const DensePlan& d, const float* weights, int warp_n,
-                                            int channels) {
-    const int lane = Lane().lane;
-    const uint32_t* w = reinterpret_cast<const uint32_t*>(weights) + lane % 4 * d.pitch +
-                        warp_n * d.units * 8 + lane / 4;
+                                            const DensePlan& d, const uint16_t* weights,
+                                            int channels, int parts) {
+    const int lane = lane_id();
+    const uint16_t* w = weights + lane % 16 * d.pitch + lane / 16 * kUnit;
     in += lane % 4 * 2;
 #pragma unroll 1
-    for (int c = 0; c < channels; c += 16, w += 8 * d.pitch) {
-      uint32_t a[kA][2][4];
+    for (int c = 0; c < channels; c += 16, w += 16 * d.pitch) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {  // one at a time: their parts take many registers
+        if (i == 1 && !second) break;
+        uint32_t a[kAllParts][4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           Pair pair = *reinterpret_cast<const Pair*>(in + at[i * 2 + e % 2] + c + e / 2 * 8);
 #pragma unroll
-          for (int part = 0; part < kA; ++part) a[part][i][e] = take_part(&pair.v[0], &pair.v[1]);
+          for (int part = 0; part < kAllParts; ++part)
+            a[part][e] = take_part(&pair.v[0], &pair.v[1]);
         }
 #pragma unroll
-      for (int j = 0; j < kSums; ++j) {
-        if (j >= d.units) break;
-#pragma unroll
-        for (int q = 0; q < kParts<T>; ++q) {
-          const uint32_t* from = w + q * d.plane + j * 8;
-          const uint32_t b[2] = {from[0], from[4 * d.pitch]};
-#pragma unroll
-          for (int part = 0; part < kA; ++part) {
-            mma_16x8x16<__nv_bfloat16>(sum[0][j], a[part][0], b);
-            if (second) mma_16x8x16<__nv_bfloat16>(sum[1][j], a[part][1], b);
-          }
-        }
-      }
-    }
-  }
-
-  // run(pixel of the lane, channel, its kRun sums), channels within the block's slab.
-  template <class Run>
-  __device__ __forceinline__ void each(const DensePlan& d, int warp_n, Run run) {
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i)
-#pragma unroll
-      for (int j = 0; j < kSums; ++j)
-        if (j < d.units)
-          run(i, (warp_n * d.units + j) * 8 + Lane().lane % 4 * 2, &sum[i / 2][j][i % 2 * 2]);
-  }
-};
-
-template <typename T, int kSums>
-struct DenseTile<T, kSums, false> {  // 8 pixels by kSums channels a lane
-  static constexpr int kPixels = 8, kRun = 4;
-  float sum[kPixels][kSums];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i)
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) sum[i][j] = 0.f;
-  }
-
-  static __device__ __forceinline__ int pixel(int i) { return Lane().lane / 8 + i * 4; }
-
-  __device__ __forceinline__ void add(const float* in, const int (&at)[kPixels], bool,
-                                      const DensePlan& d, const float* weights, int warp_n,
-                                      int channels, bool) {
-    const float* w = weights + warp_n * d.units * 32 + Lane().lane % 8 * 4;
-    for (int c = 0; c < channels; c += 2) {
-      Pair a[kPixels];
-#pragma unroll
-      for (int i = 0; i < kPixels; ++i) a[i] = *reinterpret_cast<const Pair*>(in + at[i] + c);
-#pragma unroll
-      for (int step = 0; step < 2; ++step, w += d.pitch) {
-#pragma unroll
-        for (int j = 0; j < kSums / 4; ++j) {
+        for (int j = 0; j < kSums; j += 2) {
           if (j >= d.units) break;
-          const Quad b = *reinterpret_cast<const Quad*>(w + j * 32);
 #pragma unroll
-          for (int i = 0; i < kPixels; ++i) {
+          for (int q = 0; q < kParts<T>; ++q) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, w + q * d.plane + j * kUnit);
+            const uint32_t even[2] = {b[0], b[1]}, odd[2] = {b[2], b[3]};
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-              sum[i][j * 4 + e] = fmaf(a[i].v[step], b.v[e], sum[i][j * 4 + e]);
+            for (int part = 0; part < kAllParts; ++part) {
+              if (part >= parts) break;
+              mma_16x8x16<__nv_bfloat16>(sum[i][j], a[part], even);
+              mma_16x8x16<__nv_bfloat16>(sum[i][j + 1], a[part], odd);
+            }
           }
         }
       }
     }
   }
-
-  template <class Run>
-  __device__ __forceinline__ void each(const DensePlan& d, int warp_n, Run run) {
-#pragma unroll
-    for (int i = 0; i < kPixels; ++i)
-#pragma unroll
-      for (int j = 0; j < kSums / 4; ++j)
-        if (j < d.units) run(i, (warp_n * d.units + j) * 32 + Lane().lane % 8 * 4, &sum[i][j * 4]);
-  }
 };
 
-// Weights of `taps` taps from the first, `channels` input channels (padded; those from `inside` on
-// are zeros) and the plan's slab of filters (likewise) into shared memory.
+// One pass of weights into shared memory: `taps` taps from tap0 on, `channels` (padded) input
+// channels from c0 on and the plan's slab of filters. What the stage does not have is zero. Copies
+// may be under way when it returns, in one group.
 template <typename T>
 __device__ __forceinline__ void stage_dense(const ChainStage& stage, const DensePlan& d, int tap0,
                                             int taps, int c0, int channels, int filter0,
-                                            float* to) {
+                                            Weight<T>* to) {
   const ConvShape& s = stage.shape;
-  const T* base = static_cast<const T*>(stage.weight);
-  const int64_t stride_k = stage.weight_stride[0], stride_c = stage.weight_stride[1];
-  constexpr int kV = kVector<T>, kRows = kOnTensorCores<T> ? 2 : 1;
-  const int rows = channels / kRows;
+  const int64_t* const stride = stage.weight_stride;
+  const T* base = static_cast<const T*>(stage.weight) + filter0 * stride[0] + c0 * stride[1];
+  constexpr int kV = kVector<T>;
+  const int filter_w = static_cast<int>(s.s);
   const auto at = [&](int tap, int c) {
-    const int r = tap / static_cast<int>(s.s);
-    return (c0 + c) * stride_c + r * stage.weight_stride[2] +
-           (tap - r * static_cast<int>(s.s)) * stage.weight_stride[3];
+    const int r = tap / filter_w;
+    return c * stride[1] + r * stride[2] + (tap - r * filter_w) * stride[3];
   };
-  const int64_t filters = s.k - filter0;
-  // Whole vectors of filters, neither cut by the last filter nor off their alignment.
-  const bool whole = stride_k == 1 && s.k % kV == 0 && filter0 % kV == 0 &&
+  const int filters = static_cast<int>(s.k) - filter0, inputs = static_cast<int>(s.c) - c0;
+  // Vectors of filters, neither cut by the last filter nor off their alignment.
+  const bool whole = stride[0] == 1 && s.k % kV == 0 &&
                      reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
-                     (s.c == 1 || stride_c % kV == 0) &&
-                     (s.r == 1 || stage.weight_stride[2] % kV == 0) &&
-                     (s.s == 1 || stage.weight_stride[3] % kV == 0);
+                     (s.c == 1 || stride[1] % kV == 0) && (s.r == 1 || stride[2] % kV == 0) &&
+                     (s.s == 1 || stride[3] % kV == 0);
   if (whole) {
     const int vectors = d.slab / kV;
-    for (int i = threadIdx.x; i < taps * rows * vectors; i += kChainThreads) {
+    for (int i = threadIdx.x; i < taps * channels * vectors; i += kChainThreads) {
       const int line = i / vectors, k = (i - line * vectors) * kV;
-      const int tap = line / rows, c = (line - tap * rows) * kRows;
-      const T* from = base + filter0 + k + at(tap0 + tap, c);
-      float* target = to + line * d.pitch + k;
-      if constexpr (kOnTensorCores<T>) {
-        Vector<T> even{}, odd{};
-        if (k < filters && c0 + c < s.c) even = *reinterpret_cast<const Vector<T>*>(from);
-        if (k < filters && c0 + c + 1 < s.c)
-          odd = *reinterpret_cast<const Vector<T>*>(from + stride_c);
+      const int tap = line / channels, c = line - tap * channels;
+      const bool inside = k < filters && c < inputs;
+      const T* from = base + k + at(tap0 + tap, c);
+      Weight<T>* target = to + line * d.pitch + k;
+      if constexpr (kParts<T> == 2) {
+        Vector<T> in{};
+        if (inside) in = *reinterpret_cast<const Vector<T>*>(from);
+        Bits parts[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Words words[kParts<T>];
-#pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            float low = to_float(even.v[half * 4 + v]), high = to_float(odd.v[half * 4 + v]);
-#pragma unroll
-            for (int q = 0; q < kParts<T>; ++q) words[q].v[v] = take_part(&low, &high);
-          }
-#pragma unroll
-          for (int q = 0; q < kParts<T>; ++q)
-            *reinterpret_cast<Words*>(target + q * d.plane + half * 4) = words[q];
+        for (int v = 0; v < 4; ++v) {
+          float low = to_float(in.v[v * 2]), high = to_float(in.v[v * 2 + 1]);
+          parts[0].v[v] = take_part(&low, &high);
+          parts[1].v[v] = take_part(&low, &high);
         }
+        *reinterpret_cast<Bits*>(target) = parts[0];
+        *reinterpret_cast<Bits*>(target + d.plane) = parts[1];
       } else {
-        copy_async<16>(target, from, k < filters && c0 + c < s.c);
+        copy_async<16>(target, inside ? from : base, inside);
       }
     }
-    if constexpr (!kOnTensorCores<T>) {
-      copy_async_commit();
-      copy_async_wait<0>();
-    }
-    return;
-  }
-  // Lanes along what lies closest together.
-  const bool along_filters = stride_k == 1;
-  for (int i = threadIdx.x; i < taps * rows * d.slab; i += kChainThreads) {
-    int line, k;
-    if (along_filters) {
-      line = i / d.slab, k = i - line * d.slab;
-    } else {
-      k = i / (taps * rows), line = i - k * (taps * rows);
-    }
-    const int tap = line / rows, c = (line - tap * rows) * kRows;
-    const T* from = base + (filter0 + k) * stride_k + at(tap0 + tap, c);
-    float low = k < filters && c0 + c < s.c ? to_float(from[0]) : 0.f;
-    float* target = to + line * d.pitch + k;
-    if constexpr (kOnTensorCores<T>) {
-      float high = k < filters && c0 + c + 1 < s.c ? to_float(from[stride_c]) : 0.f;
+  } else {
+    // Lanes along what lies closest together.
+    const int lines = taps * channels;
+    for (int i = threadIdx.x; i < lines * d.slab; i += kChainThreads) {
+      const int k = stride[0] == 1 ? i % d.slab : i / lines;
+      const int line = stride[0] == 1 ? i / d.slab : i - k * lines;
+      const int tap = line / channels, c = line - tap * channels;
+      float value = 0.f, none = 0.f;
+      if (k < filters && c < inputs) value = to_float(base[k * stride[0] + at(tap0 + tap, c)]);
+      Weight<T>* target = to + line * d.pitch + k;
+      if constexpr (kOnTensorCores<T>) {
 #pragma unroll
-      for (int q = 0; q < kParts<T>; ++q)
-        reinterpret_cast<uint32_t*>(target)[q * d.plane] = take_part(&low, &high);
-    } else {
-      *target = low;
+        for (int q = 0; q < kParts<T>; ++q)
+          target[q * d.plane] = static_cast<uint16_t>(take_part(&value, &none));
+      } else {
+        *target = value;
+      }
     }
   }
+  copy_async_commit();
+}
+
+// Weights of pass `pass` of add_dense: for channels [c0, c0 + channels), padded.
+template <typename T>
+__device__ __forceinline__ void stage_pass(const ChainStage& stage, const DensePlan& d, int pass,
+                                           int c0, int channels, int filter0, float* smem) {
+  const int all = static_cast<int>(stage.shape.r * stage.shape.s);
+  const int tap_passes = (all + d.taps - 1) / d.taps;
+  const int c = pass / tap_passes * d.channels, tap0 = pass % tap_passes * d.taps;
+  stage_dense<T>(stage, d, tap0, all - tap0 < d.taps ? all - tap0 : d.taps, c0 + c,
+                 channels - c < d.channels ? channels - c : d.channels, filter0,
+                 reinterpret_cast<Weight<T>*>(smem + d.at + pass % 2 * d.buffer));
 }
 
 // Adds to `tile` the products of `channels` (padded) input channels from c0 on, whose values lie
-// from `in` on, `in_pitch` apart; `in_w` pixels to a row. `m0`: first pixel of the block. The
-// block's barriers are the caller's and this function's: it starts with one.
+// from `in` on, `in_pitch` apart, `in_w` pixels to a row; `m0`: first pixel of the block. A barrier
+// separates what the block did before from the products. `prefetched`: the first pass of weights
+// was staged, and one group of copies behind it is not waited for.
 template <typename T, int kSums>
 __device__ __forceinline__ void add_dense(DenseTile<T, kSums>& tile, const ChainStage& stage,
                                           const DensePlan& d, const Region& out, int m0,
                                           const float* in, int in_pitch, int in_w, int c0,
-                                          int channels, int filter0, bool exact, float* weights) {
+                                          int channels, int filter0, int parts, bool prefetched,
+                                          float* smem) {
   const ConvShape& s = stage.shape;
-  const int warp = Lane().warp, warp_m = warp & (d.warps_m - 1), warp_n = warp / d.warps_m;
-  const int area = out.h * out.w, first = m0 + warp_m * kWarpPixels;
+  const Share own = share_of(d);
+  const int area = out.h * out.w, first = m0 + own.first;
   int at[DenseTile<T, kSums>::kPixels];
 #pragma unroll
   for (int i = 0; i < DenseTile<T, kSums>::kPixels; ++i) {
     const int pixel = first + tile.pixel(i), row = pixel / out.w, col = pixel - row * out.w;
-    at[i] = pixel < area
-                ? (row * static_cast<int>(s.stride_h) * in_w + col * static_cast<int>(s.stride_w)) *
-                      in_pitch
-                : 0;
+    const int from = row * static_cast<int>(s.stride_h) * in_w + col * static_cast<int>(s.stride_w);
+    at[i] = pixel < area ? from * in_pitch : 0;
   }
   const int filter_w = static_cast<int>(s.s), all = static_cast<int>(s.r) * filter_w;
-  for (int c = 0; c < channels; c += d.channels) {
+  const int tap_passes = (all + d.taps - 1) / d.taps;
+  const int passes = (channels + d.channels - 1) / d.channels * tap_passes;
+#pragma unroll 1
+  for (int pass = prefetched ? 0 : -1; pass < passes; ++pass) {
+    if (pass == 0 && prefetched)
+      copy_async_wait<1>();
+    else
+      copy_async_wait<0>();
+    __syncthreads();  // weights and inputs are there, all have used the other buffer
+    if (pass + 1 < passes) stage_pass<T>(stage, d, pass + 1, c0, channels, filter0, smem);
+    if (pass < 0 || first >= area) continue;
+    const int c = pass / tap_passes * d.channels, tap0 = pass % tap_passes * d.taps;
     const int some = channels - c < d.channels ? channels - c : d.channels;
-    for (int tap0 = 0; tap0 < all; tap0 += d.taps) {
-      const int taps = all - tap0 < d.taps ? all - tap0 : d.taps;
-      __syncthreads();  // all have used the weights before; chunks made by others are there
-      stage_dense<T>(stage, d, tap0, taps, c0 + c, some, filter0, weights);
-      __syncthreads();
-      if (first >= area) continue;
-      for (int tap = 0; tap < taps; ++tap) {
-        const int r = (tap0 + tap) / filter_w, t = tap0 + tap - r * filter_w;
-        const int shift =
-            (r * static_cast<int>(s.dil_h) * in_w + t * static_cast<int>(s.dil_w)) * in_pitch;
-        tile.add(in + shift + c, at, first + 16 < area, d,
-                 weights + tap * (some / (kOnTensorCores<T> ? 2 : 1)) * d.pitch, warp_n, some,
-                 exact);
-      }
+    const int tap_end = all - tap0 < d.taps ? all : tap0 + d.taps;
+    const auto* weights =
+        reinterpret_cast<const Weight<T>*>(smem + d.at + pass % 2 * d.buffer) + own.filter;
+#pragma unroll 1
+    for (int tap = tap0; tap < tap_end; ++tap, weights += some * d.pitch) {
+      const int r = tap / filter_w, t = tap - r * filter_w;
+      const int shift = r * static_cast<int>(s.dil_h) * in_w + t * static_cast<int>(s.dil_w);
+      tile.add(in + c + shift * in_pitch, at, first + 16 < area, d, weights, some, parts);
     }
   }
 }

@@ -22,24 +22,32 @@ inline constexpr int kChainThreads = 256;
 inline constexpr int kChainWarps = 8;
 inline constexpr int kWarpPixels = 32;
 inline constexpr int kGrain = 16;  // channels are padded with zeros to a multiple of this
-// Words of dense weights in shared memory at a time.
-inline constexpr int64_t kWeightWords = 6144;
+inline constexpr int kUnit = 8;    // channels are shared between warps in units of this
+// Words of dense weights in shared memory: at a time, or all if that is not much more.
+inline constexpr int64_t kPassWords = 4096, kWholeWords = 6144;
+
+// Bounds that keep positions and offsets inside a tile within 32 bits.
+inline constexpr int64_t kMostExtent = 4096, kMostPixels = 16384, kMostPosition = 1 << 28;
 
 struct Region {
   int32_t h, w;
   // Its first position is that of the tile * step + first.
-  int64_t step_h, step_w, first_h, first_w;
+  int32_t step_h, step_w, first_h, first_w;
 };
 
-// How a block's warps share one dense stage: along pixels first, the rest along channels.
+// How a block's warps share one dense stage: along pixels first, the rest along channels. Weights
+// are staged pass by pass, alternately in two buffers unless there is a single pass.
 struct DensePlan {
   int32_t warps_m;   // warps along the pixels, a power of two
   int32_t units;     // units of channels of a warp
   int32_t slab;      // channels of all warps
-  int32_t channels;  // input channels whose weights are staged at a time
-  int32_t taps;      // and filter taps, all of them only if the channels are
-  int32_t pitch;     // words between rows of staged weights
-  int32_t plane;     // words between the parts of a weight
+  int32_t channels;  // input channels of a pass
+  int32_t taps;      // and filter taps, more than one only if the channels are all
+  int32_t pitch;     // elements (float or 16 bits) between rows of weights
+  int32_t plane;     // elements between the parts of a weight
+  int32_t buffer;    // floats of a pass
+  int32_t at;        // where the first lies in shared memory
+  int32_t floats;    // of all buffers
 };
 
 struct ChainStep {
@@ -50,7 +58,7 @@ struct ChainStep {
   int32_t sink, sink_pitch;         // likewise; of the final step: outputs on their way to y
   int32_t pitch;                    // of chunks
   int32_t at[kMaxChainStages + 1];  // where the chunk of a region lies
-  int32_t filters, weights;         // depthwise filters of a chunk, dense weights
+  int32_t filters;                  // where the depthwise filters of a chunk lie
   DensePlan expand_plan, reduce_plan;
 };
 
@@ -70,7 +78,6 @@ struct ChainMachine {
   int64_t sms, smem_bytes;
   bool matrix;               // dense stages run on tensor cores
   int32_t x_terms, w_terms;  // parts into which an input and a weight are split there
-  int32_t unit() const { return matrix ? 8 : 32; }  // channels that one warp owns at least
 };
 
 namespace chain {
@@ -86,26 +93,34 @@ inline int64_t pitch_of(int64_t channels) {
 }
 inline bool is_depthwise(const ConvShape& s) { return s.groups > 1; }
 
+// Whether all sizes of a stage leave room for sums and products of positions.
+inline bool is_small(const ConvShape& s) {
+  return most(most(s.h, s.w), most(s.p, s.q)) <= kMostPosition &&
+         most(most(s.stride_h, s.stride_w), most(s.dil_h, s.dil_w)) <= kMostPosition &&
+         most(most(s.pad_top, s.pad_left), most(s.c, s.k)) <= kMostPosition &&
+         most(s.r, s.s) <= kMostExtent;
+}
+
 // The regions of stages [begin, begin + count) for a tile of the last one; false if one is too
 // large to be thought of.
 inline bool set_regions(const ChainConv2dParams& p, int begin, int count, int64_t tile_h,
                         int64_t tile_w, ChainPlan* plan) {
-  Region r{static_cast<int32_t>(tile_h), static_cast<int32_t>(tile_w), 1, 1, 0, 0};
-  for (int i = count; i >= 0; --i) {
-    plan->region[i] = r;
-    if (i == 0) break;
+  int64_t h = tile_h, w = tile_w, step_h = 1, step_w = 1, first_h = 0, first_w = 0;
+  for (int i = count;; --i) {
+    if (h > kMostExtent || w > kMostExtent || h * w > kMostPixels) return false;
+    if (step_h > kMostPosition || step_w > kMostPosition) return false;
+    if (-first_h > kMostPosition || -first_w > kMostPosition) return false;
+    plan->region[i] = {static_cast<int32_t>(h),       static_cast<int32_t>(w),
+                       static_cast<int32_t>(step_h),  static_cast<int32_t>(step_w),
+                       static_cast<int32_t>(first_h), static_cast<int32_t>(first_w)};
+    if (i == 0) return true;
     const ConvShape& s = p.stage[begin + i - 1].shape;
-    const int64_t h = (r.h - 1) * s.stride_h + (s.r - 1) * s.dil_h + 1;
-    const int64_t w = (r.w - 1) * s.stride_w + (s.s - 1) * s.dil_w + 1;
-    if (h > 4096 || w > 4096 || h * w > 16384) return false;
-    r = {static_cast<int32_t>(h),
-         static_cast<int32_t>(w),
-         r.step_h * s.stride_h,
-         r.step_w * s.stride_w,
-         r.first_h * s.stride_h - s.pad_top,
-         r.first_w * s.stride_w - s.pad_left};
+    if (!is_small(s)) return false;
+    h = (h - 1) * s.stride_h + (s.r - 1) * s.dil_h + 1;
+    w = (w - 1) * s.stride_w + (s.s - 1) * s.dil_w + 1;
+    first_h = first_h * s.stride_h - s.pad_top, first_w = first_w * s.stride_w - s.pad_left;
+    step_h *= s.stride_h, step_w *= s.stride_w;
   }
-  return true;
 }
 
 // Groups the stages, from the last one back; `fuse` lets dense stages make chunks.
@@ -141,20 +156,26 @@ inline DensePlan plan_dense(const ChainMachine& m, const ConvShape& s, int sums,
   d.warps_m = 1;
   while (d.warps_m < kChainWarps && d.warps_m * kWarpPixels < pixels) d.warps_m *= 2;
   const int64_t warps_n = kChainWarps / d.warps_m;
-  const int64_t units = m.matrix ? sums : sums / 4;
-  d.units = static_cast<int32_t>(least(units, parts(parts(n, m.unit()), warps_n)));
-  d.slab = static_cast<int32_t>(m.unit() * d.units * warps_n);
-  d.pitch = static_cast<int32_t>(m.matrix ? pitch_of(d.slab) : d.slab);
-  const int64_t rows = m.matrix ? 2 : 1;  // of channels to a row of words
-  const int64_t held = kWeightWords / (d.pitch * m.w_terms) * rows;
+  d.units = static_cast<int32_t>(least(sums, parts(parts(n, kUnit), warps_n)));
+  // Whole grains of channels: those that the stage does not have are written as zeros.
+  if (warps_n == 1) d.units += d.units % 2;
+  d.slab = static_cast<int32_t>(kUnit * d.units * warps_n);
+  // Tensor cores read the weights of two units at once, of which the second may be none.
+  d.pitch = static_cast<int32_t>(m.matrix ? pitch_of(d.slab + kUnit) : d.slab);
+  const int64_t packed = m.matrix ? 2 : 1, row = d.pitch * m.w_terms;
   const int64_t taps = s.r * s.s, padded = round_up(k, kGrain);
-  d.channels = static_cast<int32_t>(most(kGrain, least(padded, held / kGrain * kGrain)));
+  const bool whole = padded * taps * row <= kWholeWords * packed;
+  const int64_t held = whole ? padded * taps : most(kGrain, kPassWords * packed / row);
+  d.channels = static_cast<int32_t>(least(padded, held / kGrain * kGrain));
   d.taps = d.channels < padded ? 1 : static_cast<int32_t>(most(1, least(taps, held / padded)));
-  d.plane = d.taps * d.channels / static_cast<int32_t>(rows) * d.pitch;
+  d.plane = d.taps * d.channels * d.pitch;
+  d.buffer = static_cast<int32_t>(d.plane * m.w_terms / packed);
+  const int64_t passes = parts(padded, d.channels) * parts(taps, d.taps);
+  d.floats = d.buffer * (passes > 1 ? 2 : 1);
   const double products = static_cast<double>(d.warps_m) * kWarpPixels * d.slab * padded * taps;
-  cost->clocks += m.matrix ? products * terms * m.w_terms / 640 : products / 90;
-  cost->clocks += static_cast<double>(padded) * taps * d.slab / 8;
-  cost->waits += 900.0 * static_cast<double>(parts(padded, d.channels) * parts(taps, d.taps));
+  cost->clocks += m.matrix ? products * terms * m.w_terms / 1000 : products / 90;
+  cost->clocks += static_cast<double>(padded) * taps * d.slab / 16;
+  cost->waits += 500.0 * static_cast<double>(passes);
   return d;
 }
 
@@ -195,25 +216,26 @@ inline int64_t plan_step(const ChainConv2dParams& p, int begin, const ChainMachi
   }
   s.filters = static_cast<int32_t>(at);
   at += filters;
-  s.weights = static_cast<int32_t>(at);
-  int64_t words = 0, slabs_n = 1, slabs_m = 1;
+  int64_t slabs_n = 1, slabs_m = 1;
   if (s.expand) {
     const Region& r = plan.region[s.first + 1];
     const int64_t area = static_cast<int64_t>(r.h) * r.w;
     Cost once{};
     s.expand_plan =
-        plan_dense(m, first, 4, area, s.chunk, first.c, s.first == 0 ? m.x_terms : 3, &once);
+        plan_dense(m, first, sums / 2, area, s.chunk, first.c, s.first == 0 ? m.x_terms : 3, &once);
     const double times = static_cast<double>(parts(area, s.expand_plan.warps_m * kWarpPixels)) *
                          static_cast<double>(parts(s.chunk, s.expand_plan.slab));
     chunk.clocks += once.clocks * times;
     chunk.waits += once.waits * times;
-    words = static_cast<int64_t>(s.expand_plan.plane) * m.w_terms;
+    s.expand_plan.at = static_cast<int32_t>(at);
+    at += s.expand_plan.floats;
   }
   if (s.reduce) {
     const int64_t k = final ? n : last.k;
     s.reduce_plan = plan_dense(m, last, sums, pixels, k, s.chunk,
                                s.first == s.last && s.first == 0 ? m.x_terms : 3, &chunk);
-    words = most(words, static_cast<int64_t>(s.reduce_plan.plane) * m.w_terms);
+    s.reduce_plan.at = static_cast<int32_t>(at);
+    at += s.reduce_plan.floats;
     slabs_n = parts(k, s.reduce_plan.slab);
     slabs_m = parts(pixels, s.reduce_plan.warps_m * kWarpPixels);
     total->waits += 500.0 * static_cast<double>(slabs_m * slabs_n);
@@ -221,7 +243,6 @@ inline int64_t plan_step(const ChainConv2dParams& p, int begin, const ChainMachi
   const double times = static_cast<double>(parts(channels, s.chunk) * slabs_n * slabs_m);
   total->clocks += chunk.clocks * times;
   total->waits += (chunk.waits + (s.streams ? 900 : 200)) * times;
-  at += words;
   if (final && s.reduce) {  // outputs take the place of what made them
     s.sink = static_cast<int32_t>(base);
     s.sink_pitch = static_cast<int32_t>(pitch_of(s.reduce_plan.slab));
