@@ -129,12 +129,12 @@ struct DenseTile {
                                              int channels) {
     const float* w = weights + lane_id() % 4 * 2;
 #pragma unroll 1
-    for (int c = 0; c < channels; c += 4) {
-      Quad x[kPixels];
+    for (int c = 0; c < channels; c += 2) {
+      Pair x[kPixels];
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) x[i] = *reinterpret_cast<const Quad*>(in + at[i] + c);
+      for (int i = 0; i < kPixels; ++i) x[i] = *reinterpret_cast<const Pair*>(in + at[i] + c);
 #pragma unroll
-      for (int v = 0; v < 4; ++v, w += d.pitch) {
+      for (int v = 0; v < 2; ++v, w += d.pitch) {
 #pragma unroll
         for (int j = 0; j < kSums; ++j) {
           if (j >= d.units) break;
@@ -214,6 +214,7 @@ __device__ __forceinline__ void stage_dense(const ChainStage& stage, const Dense
                      (s.s == 1 || stride[3] % kV == 0);
   if (whole) {
     const int vectors = d.slab / kV;
+#pragma unroll 1
     for (int i = threadIdx.x; i < taps * channels * vectors; i += kChainThreads) {
       const int line = i / vectors, k = (i - line * vectors) * kV;
       const int tap = line / channels, c = line - tap * channels;
@@ -239,6 +240,7 @@ __device__ __forceinline__ void stage_dense(const ChainStage& stage, const Dense
   } else {
     // Lanes along what lies closest together.
     const int lines = taps * channels;
+#pragma unroll 1
     for (int i = threadIdx.x; i < lines * d.slab; i += kChainThreads) {
       const int k = stride[0] == 1 ? i % d.slab : i / lines;
       const int line = stride[0] == 1 ? i / d.slab : i - k * lines;
