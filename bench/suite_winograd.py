@@ -81,7 +81,7 @@ def contestants(
         return sparsecnn.ops.winograd_conv2d(image, packed, padding=pad)
 
     def dense(form: torch.memory_format) -> Callable[[Tensor], Tensor]:
-        own = sparse_weight(layer, 1.0).to(x.dtype).contiguous(memory_format=form)
+        own = sparse_weight(layer, 1.0).to(x.device, x.dtype).contiguous(memory_format=form)
         return lambda image: F.conv2d(image, own, None, 1, pad)
 
     factories = {
@@ -100,7 +100,7 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
         for density in settings.densities:
             weight = winograd_weight(layer, int(tile), density)
             packed = sparsecnn.WinogradWeight.from_taps(
-                weight.taps().to(settings.dtype), sparse=weight.is_sparse
+                weight.taps().to(settings.device, settings.dtype), sparse=weight.is_sparse
             )
             factories, ours = contestants(layer, packed, x)
             images = [x.contiguous(memory_format=form) for form in LAYOUTS.values()]

@@ -38,7 +38,9 @@ from ._accelerate.densify import is_ours, to_dense_
 from ._accelerate.kernels import CANDIDATES
 from ._accelerate.layouts import find_cuts
 from ._accelerate.microbatch import Found, choose_parts, one_image
-from ._accelerate.model import Variants, check_folds, compare, decide
+from ._accelerate.model import Variants, check_folds, decide
+from ._accelerate.outputs import compare
+from ._accelerate.precision import dense_at_its_best, describe, strict_float
 from ._accelerate.record import tensors_in
 from ._accelerate.report import make_report
 from ._accelerate.survey import FilterFn, Site, find_sites, fold_sites, measure_sites, record_sites
@@ -163,8 +165,9 @@ def _accelerate(
     if not has_own_forward(model):
         microbatch_(model, None)
     sites = find_sites(model, filter_fn)
+    device = inputs[0].device
     # Of one search, layers and: the folding check, chains, the check of the variants, two timings.
-    with _progress(progress, len(sites) + 5) as step:
+    with _progress(progress, len(sites) + 5) as step, dense_at_its_best(device):
         found = _search(model, inputs, sites, settings, step)
     first = one_image(found.variants)
     if first is not None:
@@ -172,7 +175,7 @@ def _accelerate(
         with _progress(progress, len(sites) + 5) as step:
             found = choose_parts(found, _search(model, first, sites, settings, step), settings)
     variants, outcome = found.variants, found.outcome
-    outcome.notes[:0] = notes
+    outcome.notes[:0] = notes + describe(device, variants.images)
 
     report = make_report(variants, outcome, bytes_before=_stored_bytes(target))
     bake_(target)
@@ -191,8 +194,9 @@ def _search(
 ) -> Found:
     """The best plan for a model on an example; the model is not changed, the sites are filled."""
     notes: list[str] = []
-    reference = _first_run(model, inputs)
-    recording = record_sites(model, inputs, sites)
+    with strict_float():
+        reference = _first_run(model, inputs)
+        recording = record_sites(model, inputs, sites)
     if not recording.dataflow:
         notes.append("an operator of the model does not run under a dispatch mode: nothing folded")
     stable = not compare(reference, recording.outputs)[1]

@@ -170,23 +170,28 @@ template <typename T, int kSums>
 __global__ void __launch_bounds__(kChainThreads, kSums == 4 ? 2 : 1)
     chain_conv2d_fused(const ChainConv2dParams prm, int begin, const ChainPlan plan,
                        const Ends ends) {
-  DYN_SMEM(float, smem);
+  DYN_SMEM(float, memory);
+  // The tile lies in shared memory: it would hold registers through all stages.
+  Tile& tile = *reinterpret_cast<Tile*>(memory);
+  float* const smem = memory + kTileFloats;
   const Chain chain{prm.stage + begin, &plan, &ends, smem};
 #pragma unroll 1
   for (int64_t work = blockIdx.x; work < plan.work; work += gridDim.x) {
-    int64_t share, tile_q, tile_p;
-    Tile tile;
-    // Shares of the channels run fastest: blocks in flight together read the same inputs.
-    tile.n = divide(divide(divide(work, plan.slabs, &share), plan.tiles_q, &tile_q), plan.tiles_p,
-                    &tile_p);
-    tile.p0 = static_cast<int>(tile_p) * plan.region[plan.stages].h;
-    tile.q0 = static_cast<int>(tile_q) * plan.region[plan.stages].w;
-    tile.k0 = static_cast<int>(share * plan.slab);
+    __syncthreads();  // all are through with the tile before
+    if (threadIdx.x == 0) {
+      int64_t share, tile_q, tile_p;
+      // Shares of the channels run fastest: blocks in flight together read the same inputs.
+      tile.n = divide(divide(divide(work, plan.slabs, &share), plan.tiles_q, &tile_q), plan.tiles_p,
+                      &tile_p);
+      tile.p0 = static_cast<int>(tile_p) * plan.region[plan.stages].h;
+      tile.q0 = static_cast<int>(tile_q) * plan.region[plan.stages].w;
+      tile.k0 = static_cast<int>(share * plan.slab);
+    }
+    __syncthreads();
     const ChainStep& first = plan.step[0];
     if (!first.streams) {
       const ConvShape& in = chain.stages[0].shape;
       const Region& r = plan.region[0];
-      __syncthreads();  // all are through with the tile before
       load<T>(ends, ends.x, tile.n,
               {&r, origin_of(r, tile), 0, r.h * r.w, static_cast<int>(in.h), static_cast<int>(in.w),
                0, static_cast<int>(in.c), smem + first.source, first.source_pitch});

@@ -21,8 +21,9 @@ namespace sparsecnn::cuda {
 inline constexpr int kChainThreads = 256;
 inline constexpr int kChainWarps = 8;
 inline constexpr int kWarpPixels = 32;
-inline constexpr int kGrain = 16;  // channels are padded with zeros to a multiple of this
-inline constexpr int kUnit = 8;    // channels are shared between warps in units of this
+inline constexpr int kTileFloats = 8;  // in front of all else: which tile it is
+inline constexpr int kGrain = 16;      // channels are padded with zeros to a multiple of this
+inline constexpr int kUnit = 8;        // channels are shared between warps in units of this
 // Words of dense weights in shared memory: at a time, or all if that is not much more.
 inline constexpr int64_t kPassWords = 4096, kWholeWords = 6144;
 
@@ -290,7 +291,7 @@ inline bool plan_tile(const ChainConv2dParams& p, int begin, int count, const Ch
                               plan_step(p, begin, m, sums, max_chunk, plan->slab, low, final, &s,
                                         *plan, &cost));
   }
-  plan->smem_bytes = floats * 4;
+  plan->smem_bytes = (kTileFloats + floats) * 4;
   if (plan->smem_bytes > smem_bytes) return false;
   for (int i = 0; i < plan->steps; ++i) {
     const int32_t top = static_cast<int32_t>(floats - whole[i]);

@@ -12,6 +12,7 @@ namespace sparsecnn::cuda {
 int32_t csr_conv2d(const CsrConv2dParams& params, void* stream);
 int32_t csr_conv2d_grad_values(const CsrConv2dGradValuesParams& params, void* stream);
 int32_t depthwise_conv2d(const DepthwiseConv2dParams& params, void* stream);
+int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream);
 
 // Gives `bytes` of device memory that live until the work on the stream is done, or throws.
 using WorkspaceSource = void* (*)(void* context, int64_t bytes);

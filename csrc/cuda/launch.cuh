@@ -29,8 +29,13 @@ namespace sparsecnn::cuda {
 inline constexpr int kWarpLanes = 32;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 // Grids are one-dimensional and every kernel strides over its work, so no limit of the y and z
-// axes binds and more than 2^31 work items only make blocks loop.
+// axes binds and more than 2^31 work items only make blocks loop. (The emulator's tests lower the
+// limit, to see them loop.)
+#ifdef CUDA_EMU
+inline const int64_t& kMaxGrid = emu::device().max_grid;
+#else
 inline constexpr int64_t kMaxGrid = 2147483647;
+#endif
 // A block may use this much shared memory without asking for more.
 inline constexpr int64_t kDefaultSmemBytes = 48 * 1024;
 

@@ -1,14 +1,20 @@
 // pointwise_conv2d: schema, checks, allocation.
 #include "cpu/kernel_table.h"
 #include "ops/conv.h"
+#include "ops/cuda_stream.h"
 
 namespace sparsecnn::ops {
 namespace {
 
 constexpr const char* kOp = "pointwise_conv2d";
 
-Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                            std::optional<Tensor> residual, Ints stride, Name activation) {
+struct Call {
+  ConvTensors tensors;
+  PointwiseConv2dParams params;
+};
+
+Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& residual, const Ints& stride, const Name& activation) {
   check_same(weight, x, kOp, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, kOp,
                   ": expected weight of shape (K, C, 1, 1), got ", weight.dim(), " dimensions");
@@ -16,13 +22,20 @@ Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional
   STD_TORCH_CHECK(weight.size(1) == s.c, kOp, ": expected a weight for the ", s.c,
                   " channels of x, got ", weight.size(1));
   STD_TORCH_CHECK(s.c > 0, kOp, ": expected x with channels, got none");
-  PointwiseConv2dParams params{};
-  const ConvTensors tensors = fill_conv(kOp, s, x, bias, residual, activation, params);
+  Call call{};
+  call.tensors = fill_conv(kOp, s, x, bias, residual, activation, call.params);
+  call.params.weight = weight.const_data_ptr();
+  call.params.weight_stride[0] = weight.strides()[0];
+  call.params.weight_stride[1] = weight.strides()[1];
+  return call;
+}
+
+Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                            std::optional<Tensor> residual, Ints stride, Name activation) {
+  const Call call = prepare(x, weight, bias, residual, stride, activation);
+  const PointwiseConv2dParams& params = call.params;
   check_cpu_dtype(kOp, params.dtype);
-  if (tensors.y.numel() == 0) return tensors.y;
-  params.weight = weight.const_data_ptr();
-  params.weight_stride[0] = weight.strides()[0];
-  params.weight_stride[1] = weight.strides()[1];
+  if (call.tensors.y.numel() == 0) return call.tensors.y;
 
   const cpu::KernelTable& table = cpu::kernels();
   const int64_t threads = cpu_threads();
@@ -37,8 +50,19 @@ Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional
                 table.chain.conv2d(plan.chain_params, plan.chain, begin, end, scratch);
               }
             });
-  return tensors.y;
+  return call.tensors.y;
 }
+
+#ifdef SPARSECNN_CUDA
+Tensor pointwise_conv2d_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                             std::optional<Tensor> residual, Ints stride, Name activation) {
+  const CudaGuard guard(x);
+  const Call call = prepare(x, weight, bias, residual, stride, activation);
+  check_cuda_dtype(kOp, call.params.dtype);
+  guard.check(cuda::pointwise_conv2d(call.params, guard.stream()), kOp);
+  return call.tensors.y;
+}
+#endif
 
 }  // namespace
 
@@ -51,5 +75,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
   m.impl("pointwise_conv2d", TORCH_BOX(&pointwise_conv2d_cpu));
 }
+
+#ifdef SPARSECNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CUDA, m) {
+  m.impl("pointwise_conv2d", TORCH_BOX(&pointwise_conv2d_cuda));
+}
+#endif
 
 }  // namespace sparsecnn::ops

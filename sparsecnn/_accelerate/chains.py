@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..measure import LatencyStats, time_interleaved
+from ..measure import LatencyStats
 from ..nn import ChainConv2d
-from .choice import Settings, quiet, random_inputs, surely_faster, unclear
+from .choice import Settings, quiet, random_inputs, surely_faster, time_layers, unclear
 from .copy import LAYOUTS
 from .fold import rounding
-from .kernels import build_dense
+from .kernels import DTYPES, build_dense
+from .precision import strict_float
 from .survey import Site
 
 # Stage kinds: P pointwise, D depthwise, V one row or one column of taps, K any other dense
@@ -22,7 +23,6 @@ from .survey import Site
 # from it, or what the run multiplies is small.
 FORMS = re.compile("DP|KDP|KD|PD|PDP|PDDP|VV|PVVP|PKP|KP")
 LONGEST = 4
-_DTYPES = (torch.float32, torch.bfloat16)
 CHAIN_BUDGET_S = 1.5
 
 
@@ -64,7 +64,7 @@ def form_of(sites: Sequence[Site]) -> str:
         conv = None if site.layer is None else site.layer.module
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
             text += "?"
-        elif conv.weight.device.type != "cpu" or conv.weight.dtype not in _DTYPES:
+        elif conv.weight.dtype not in DTYPES.get(conv.weight.device.type, ()):
             text += "?"
         elif conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
             text += "D"
@@ -148,13 +148,8 @@ def _measure(chain: Chain, settings: Settings) -> Chain:
         fns[f"apart {layout}"] = lambda m=apart, x=x: m(x)  # type: ignore[misc]
         fns[f"chain {layout}"] = lambda x=x: fused(x)  # type: ignore[misc]
     for effort in (1, 4):
-        chain.times = time_interleaved(
-            fns,
-            warmup=settings.warmup,
-            runs=settings.runs * effort,
-            max_time_s=CHAIN_BUDGET_S * effort,
-            device=first.module.weight.device,
-        )
+        device = first.module.weight.device
+        chain.times = time_layers(fns, settings, CHAIN_BUDGET_S, device, effort)
         pairs = [
             (chain.times[f"chain {layout}"], chain.times[f"apart {layout}"])
             for layout in LAYOUTS
@@ -181,6 +176,7 @@ def _best(site: Site, layout: str) -> nn.Module:
 
 
 @torch.no_grad()
+@strict_float()
 def _disagreement(chain: Chain) -> str:
     """Why the chain must not be used: it cannot be built, or is not what its layers compute."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,12 @@ from ..measure import LatencyStats, time_interleaved
 from .copy import MEMORY_FORMATS, duplicate
 from .fold import crop_input, rounding, term_magnitude
 from .kernels import CANDIDATES, OTHER_KIND, Layer, build_dense
+from .precision import strict_float
 
 # Time for all candidates of one layer, both layouts; at least 5 rounds run whatever it takes.
 LAYER_BUDGET_S = 1.5
+# Calls of a layer in one CUDA graph, beside which the launch of the graph, some 10 us, is little.
+GRAPH_CALLS = 20
 # From so many runs on, the fastest one is taken for undisturbed.
 SURE_RUNS = 40
 
@@ -142,6 +146,38 @@ def choose(
     return cache[key], won
 
 
+def time_layers(
+    fns: Mapping[str, Callable[[], object]],
+    settings: Settings,
+    budget_s: float,
+    device: torch.device,
+    effort: int = 1,
+) -> dict[str, LatencyStats]:
+    """Time layers in turn, with `effort` times the usual runs and time.
+
+    On CUDA by the replays of graphs: launched one by one, small layers would all take the time that
+    the host needs for a launch. Whole models are timed as the user runs them.
+    """
+
+    def timed(graph_calls: int) -> dict[str, LatencyStats]:
+        return time_interleaved(
+            fns,
+            warmup=settings.warmup,
+            runs=settings.runs * effort,
+            max_time_s=budget_s * effort,
+            device=device,
+            graph_calls=graph_calls,
+        )
+
+    if device.type != "cuda":
+        return timed(0)
+    try:
+        return timed(GRAPH_CALLS)
+    except RuntimeError as error:
+        warnings.warn(f"accelerate: layers timed with their launches: {error}", stacklevel=2)
+        return timed(0)
+
+
 def _measure(
     layer: Layer, built: Mapping[str, nn.Module], refusals: Mapping[str, str], settings: Settings
 ) -> Choice:
@@ -158,12 +194,8 @@ def _measure(
     choice = Choice()
     # A busy machine widens the spread: when only that stands in the way of a win, measure longer.
     for effort in (1, 4, 16):
-        choice.times = time_interleaved(
-            fns,
-            warmup=settings.warmup,
-            runs=settings.runs * effort,
-            max_time_s=LAYER_BUDGET_S * effort,
-            device=layer.module.weight.device,
+        choice.times = time_layers(
+            fns, settings, LAYER_BUDGET_S, layer.module.weight.device, effort
         )
         choice.best_dense = min(dense_labels, key=lambda label: choice.times[label].median_s)
         close = (
@@ -243,6 +275,7 @@ def _call(module: nn.Module, inputs: list[Tensor]) -> Callable[[], object]:
 
 
 @torch.no_grad()
+@strict_float()
 def difference(layer: Layer, module: nn.Module, growth: float = 1.0) -> tuple[float, str]:
     """Compare a candidate with the dense layer on a small random input.
 

@@ -40,11 +40,11 @@ MAX_PATTERN_DENSITY = 0.9
 MIN_WINOGRAD_DENSITY, MIN_WINOGRAD_CHANNELS = 0.28, 8
 OTHER_KIND = "not a "
 """How the reason starts of a kernel that is for layers of another kind."""
-_CSR_DTYPES = {
+DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
-_DENSE_DTYPES = {"cpu": _CSR_DTYPES["cpu"]}
+"""What the kernels take, by type of device."""
 
 Dense: TypeAlias = "nn.Conv2d | nn.Linear"
 
@@ -112,7 +112,9 @@ class Candidate:
     error_growth: float = 1.0
 
 
-def _refused(layer: Layer, dtypes: dict[str, tuple[torch.dtype, ...]]) -> str | None:
+def _refused(
+    layer: Layer, dtypes: dict[str, tuple[torch.dtype, ...]] = DTYPES
+) -> str | None:
     """What no kernel of ours takes, or cannot take in the dtypes of its devices."""
     m = layer.module
     dtype, device = m.weight.dtype, m.weight.device.type
@@ -127,7 +129,7 @@ def _refused(layer: Layer, dtypes: dict[str, tuple[torch.dtype, ...]]) -> str | 
 
 
 def _csr_applies(layer: Layer) -> str | None:
-    reason = _refused(layer, _CSR_DTYPES)
+    reason = _refused(layer)
     if reason is not None:
         return reason
     if layer.density > MAX_DENSITY:
@@ -145,7 +147,7 @@ def _csr_build(layer: Layer) -> nn.Module:
 def _pattern_applies(layer: Layer) -> str | None:
     if not isinstance(layer.module, nn.Conv2d):
         return "not a convolution"
-    reason = _refused(layer, _DENSE_DTYPES)
+    reason = _refused(layer)
     if reason is not None:
         return reason
     if layer.density > MAX_PATTERN_DENSITY:
@@ -157,7 +159,7 @@ def _depthwise_applies(layer: Layer) -> str | None:
     m = layer.module
     if not isinstance(m, nn.Conv2d) or m.groups != m.in_channels:
         return "not a depthwise convolution"
-    return _refused(layer, _DENSE_DTYPES)
+    return _refused(layer)
 
 
 def _pointwise_applies(layer: Layer) -> str | None:
@@ -168,7 +170,7 @@ def _pointwise_applies(layer: Layer) -> str | None:
         return f"groups {m.groups}"
     if any(m._reversed_padding_repeated_twice):
         return f"padding {m.padding!r}"
-    return _refused(layer, _DENSE_DTYPES)
+    return _refused(layer)
 
 
 def _winograd_applies(layer: Layer) -> str | None:
@@ -181,8 +183,8 @@ def _winograd_applies(layer: Layer) -> str | None:
         return f"density {layer.density:.2f} below {MIN_WINOGRAD_DENSITY}"
     if m.in_channels // m.groups < MIN_WINOGRAD_CHANNELS:
         return f"fewer than {MIN_WINOGRAD_CHANNELS} channels a group"
-    # bfloat16 would round in the Winograd domain, where errors grow.
-    return _refused(layer, {"cpu": (torch.float32,)})
+    # Short types would round in the Winograd domain, where errors grow.
+    return _refused(layer, {"cpu": (torch.float32,), "cuda": (torch.float32,)})
 
 
 def _conv_build(kind: type[ConvDropIn], **options: Any) -> Callable[[Layer], nn.Module]:

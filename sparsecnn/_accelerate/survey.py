@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..measure import LatencyStats, time_interleaved
+from ..measure import LatencyStats
 from ..nn import FusedConv2d
-from .choice import Choice, Settings, Winner, choose
+from .choice import Choice, Settings, Winner, choose, time_layers
 from .copy import MEMORY_FORMATS
 from .fold import Folded, all_finite, fold
 from .kernels import Layer
 from .record import Call, Recording, record
 
 FilterFn = Callable[[nn.Module, str], bool]
+AS_IS_BUDGET_S = 0.5
 
 
 @dataclass(eq=False)
@@ -181,13 +182,8 @@ def _measure_as_is(site: Site, settings: Settings) -> LatencyStats | None:
         x = x.contiguous(memory_format=MEMORY_FORMATS["channels_last"])
     forward = site.module.forward  # not the call: hooks of the user stay out of it
     try:
-        stats = time_interleaved(
-            {"dense": lambda: [forward(x) for _ in site.calls]},
-            warmup=settings.warmup,
-            runs=settings.runs,
-            max_time_s=0.5,
-            device=weight.device,
-        )
+        fns = {"dense": lambda: [forward(x) for _ in site.calls]}
+        stats = time_layers(fns, settings, AS_IS_BUDGET_S, weight.device)
     except (RuntimeError, TypeError, ValueError):
         return None
     return stats["dense"]

@@ -19,9 +19,9 @@ import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.ops._autograd import grad_dense, register_fused
 from sparsecnn.ops._check import Geometry, check_conv
 from sparsecnn.ops._common import (
-    CPU_DTYPES,
     autocast,
     autocast_is_on,
+    dtypes_for,
     fake_output,
     geometry_of,
     is_eager,
@@ -49,8 +49,6 @@ def _check(
         )
     groups = 1
     if isinstance(x, Tensor) and x.dim() == 4:
-        if x.is_cuda:
-            raise NotImplementedError(f"{_OP}: expected x on the CPU, got {x.device}")
         groups = x.shape[1]
         if groups < 1 or weight.shape[0] % groups:
             raise ValueError(
@@ -59,7 +57,7 @@ def _check(
             )
     check_conv(
         _OP, x, weight.shape, {"": weight}, bias, residual, geometry, groups, activation,
-        CPU_DTYPES,
+        dtypes_for(x),
     )  # fmt: skip
 
 
@@ -80,7 +78,7 @@ def depthwise_conv2d(
 
     Args:
         x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first.
-            float32, bfloat16 or float64, on the CPU.
+            float32, bfloat16 or float64 (CPU) or float16 (CUDA).
         weight: ``(K, 1, R, S)`` of the dtype of ``x``, as ``nn.Conv2d`` with ``groups=C`` has it;
             ``K = m * C`` with a channel multiplier ``m >= 1``.
         bias: ``(K,)``.
@@ -102,7 +100,6 @@ def depthwise_conv2d(
     Raises:
         ValueError: a shape, device or option that does not fit; names it and the value.
         TypeError: a dtype that is not supported or does not match.
-        NotImplementedError: x on another device than the CPU.
     """
     kernel_size = weight.shape[2:] if isinstance(weight, Tensor) and weight.dim() == 4 else (1, 1)
     geometry = geometry_of(_OP, x, kernel_size, stride, padding, dilation)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsecnn.measure import LatencyStats
 from tests.models import prepare_torchvision
 
-_TIMED = tuple(f"_accelerate.{name}" for name in ("chains", "choice", "model", "survey"))
+_TIMED = tuple(f"_accelerate.{name}" for name in ("choice", "model"))
 
 
 def stats(

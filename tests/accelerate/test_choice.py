@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnn._accelerate import choice, kernels
-from sparsecnn._accelerate.model import compare, keep_good
+from sparsecnn._accelerate.model import keep_good
+from sparsecnn._accelerate.outputs import compare
 from sparsecnn.accelerate import accelerate, accelerate_
 from sparsecnn.measure import Report
 from sparsecnn.nn import CSRConv2d, CSRLinear, FusedConv2d

@@ -99,7 +99,22 @@ def _depthwise() -> list[ConvCase]:
     return cases + ends + [end.but(h=33, w=33, n=1, activation="relu6") for end in ends]
 
 
+def _pointwise() -> list[ConvCase]:
+    base = ConvCase(n=2, c=9, h=5, w=6, k=9, kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full")
+    base = base.but(integers=True)
+    cases = [base.but(c=c, k=k) for c, k in ((1, 1), (16, 32), (33, 7), (40, 33), (150, 40))]
+    cases += [base.but(n=n, h=h, w=w) for n, h, w in ((1, 1, 1), (3, 4, 8), (1, 7, 7), (1, 2, 3))]
+    # Tiles of 128 x 64; widths of copies that divide no image.
+    cases += [base.but(c=c, k=70, h=14, w=14) for c in (8, 12, 18, 21)]
+    cases += [base.but(c=24, k=48, h=9, w=15, n=1), base.but(k=70, h=14, w=14, n=1)]
+    cases += [base.but(stride=stride, h=11, w=14) for stride in ((2, 2), (3, 1), (1, 2))]
+    cases.append(base.but(stride=(2, 2), h=41, w=40, k=40))
+    ends = [base.but(bias=False), base.but(residual=True), base.but(bias=False, residual=True)]
+    return cases + ends + [end.but(h=17, w=18, k=40, activation="relu6") for end in ends]
+
+
 DEPTHWISE = _depthwise()
+POINTWISE = _pointwise()
 # A few that together reach every path, for what multiplies the cases.
 CORE = [
     BASE,

@@ -36,6 +36,18 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
@@ -51,6 +63,7 @@ struct Device {
   int sm_count = 4;
   int smem_optin_bytes = 227 * 1024;
   int smem_granted_bytes = 48 * 1024;  // raised by cudaFuncSetAttribute, until the next launch
+  int64_t max_grid = 2147483647;       // blocks that a launcher may ask for
   int64_t launches = 0;
   std::string kernel;  // the last one launched, as spelled by the launcher
 };
@@ -213,7 +226,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem_bytes, F body
   const unsigned n = block.x * block.y * block.z;
   const bool too_much = smem_bytes > static_cast<size_t>(d.smem_granted_bytes);
   d.smem_granted_bytes = 48 * 1024;
-  if (!n || n > 1024 || !grid.x || grid.x > 2147483647u || !grid.y || grid.y > 65535 || !grid.z ||
+  if (!n || n > 1024 || !grid.x || grid.x > d.max_grid || !grid.y || grid.y > 65535 || !grid.z ||
       grid.z > 65535)
     fail("illegal launch configuration");
   if (too_much) fail("more dynamic shared memory than granted");

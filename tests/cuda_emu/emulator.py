@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from tests.cases import Problem, memory_format
-from tests.chains import ChainProblem
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -36,8 +35,8 @@ OPTIMIZED = ("-O1",)
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 QUICK = ("-O0",)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _SHAPE_FIELDS = "n c h w k r s p q stride_h stride_w pad_top pad_left dil_h dil_w groups".split()
 
 
@@ -78,31 +77,10 @@ class DepthwiseParams(ConvParams):
     _fields_ = [("weight", ctypes.c_void_p)]
 
 
-class ChainStage(ctypes.Structure):
-    """Mirror of ``ChainStage`` in ``core/params.h``."""
+class PointwiseParams(ConvParams):
+    """Mirror of ``PointwiseConv2dParams``."""
 
-    _fields_ = [
-        ("shape", ConvShape),
-        ("activation", ctypes.c_int32),
-        ("weight", ctypes.c_void_p),
-        ("weight_stride", ctypes.c_int64 * 4),
-        ("bias", ctypes.c_void_p),
-    ]
-
-
-class ChainParams(ctypes.Structure):
-    """Mirror of ``ChainConv2dParams``."""
-
-    _fields_ = [
-        ("stages", ctypes.c_int32),
-        ("stage", ChainStage * 8),
-        ("n", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("layout", ctypes.c_int32),
-        ("x", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-    ]
+    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
 
 
 class GradParams(ctypes.Structure):
@@ -200,7 +178,7 @@ def sanitizer_environment() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": options}
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -213,20 +191,24 @@ class Emulator:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._lib.emu_sizeof_params.restype = ctypes.c_size_t
         self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
-        self._lib.emu_sizeof_chain_params.restype = ctypes.c_size_t
-        self._lib.emu_workspace_bytes.restype = ctypes.c_int64
-        assert self._lib.emu_sizeof_chain_params() == ctypes.sizeof(ChainParams)
+        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
+        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
         self.set_device()
 
-    def set_device(self, sm_count: int = 4, smem_bytes: int = 227 * 1024) -> None:
-        """What the launchers are told about the GPU; it steers their choice of kernel."""
-        self._lib.emu_set_device(sm_count, smem_bytes)
+    def set_device(
+        self, sm_count: int = 4, smem_bytes: int = 227 * 1024, max_grid: int = 2**31 - 1
+    ) -> None:
+        """What the launchers are told about the GPU; it steers their choice of kernel.
+
+        With `max_grid` they ask for no more blocks than that, so that blocks have to loop.
+        """
+        self._lib.emu_set_device(sm_count, smem_bytes, ctypes.c_int64(max_grid))
 
     @property
     def launches(self) -> int:
@@ -289,6 +271,16 @@ class Emulator:
         if error:
             raise ValueError(f"cuda error {error}: {self.error_string(error)}")
 
+    def call(self, name: str, params: ctypes.Structure) -> None:
+        """The harness's function of an op on its parameter block; raises as `forward_raw`."""
+        self._raise(getattr(self._lib, name)(ctypes.byref(params)))
+
+    def number(self, name: str) -> int:
+        """A number that the harness tells."""
+        tells = getattr(self._lib, name)
+        tells.restype = ctypes.c_int64
+        return int(tells())
+
     def forward_raw(self, params: ForwardParams) -> None:
         """csr_conv2d on a parameter block.
 
@@ -326,21 +318,21 @@ class Emulator:
         self.depthwise_raw(DepthwiseParams(**_common(problem, y), weight=weight.data_ptr()))
         return y
 
-    @property
-    def workspace_bytes(self) -> int:
-        """Device memory that the last chain asked for."""
-        return int(self._lib.emu_workspace_bytes())
+    def pointwise_raw(self, params: PointwiseParams) -> None:
+        """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
+        self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
 
-    def chain_raw(self, params: ChainParams) -> None:
-        """chain_conv2d on a parameter block; raises as `forward_raw`."""
-        self._raise(self._lib.emu_chain_conv2d(ctypes.byref(params)))
-
-    def chain(self, problem: ChainProblem) -> Tensor:
-        """chain_conv2d; the output starts as NaN."""
-        case, shapes = problem.case, problem.case.shapes
-        y = torch.full((case.n, *shapes[-1]), float("nan"), dtype=case.dtype)
-        y = y.contiguous(memory_format=memory_format(problem.x))
-        self.chain_raw(chain_params(problem, y))
+    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+        """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
+        y = _poisoned(problem)
+        weight = problem.weight if weight is None else weight
+        weight = weight.to(problem.case.dtype)
+        strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
+        self.pointwise_raw(
+            PointwiseParams(
+                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
+            )
+        )
         return y
 
     def grad_values(self, problem: Problem, grad_y: Tensor) -> Tensor:
@@ -350,7 +342,7 @@ class Emulator:
         self.grad_raw(
             GradParams(
                 shape=shape_of(problem),
-                dtype=_DTYPES[problem.case.dtype],
+                dtype=DTYPES[problem.case.dtype],
                 layout=_layout(problem),
                 x=problem.x.data_ptr(),
                 grad_y=grad_y.data_ptr(),
@@ -373,39 +365,14 @@ def _common(problem: Problem, y: Tensor) -> dict[str, Any]:
     """The fields of ConvParams."""
     return {
         "shape": shape_of(problem),
-        "dtype": _DTYPES[problem.case.dtype],
+        "dtype": DTYPES[problem.case.dtype],
         "layout": _layout(problem),
-        "activation": _ACTIVATIONS.index(problem.case.activation),
+        "activation": ACTIVATIONS.index(problem.case.activation),
         "x": problem.x.data_ptr(),
-        "bias": _pointer(problem.bias),
-        "residual": _pointer(problem.residual),
+        "bias": pointer(problem.bias),
+        "residual": pointer(problem.residual),
         "y": y.data_ptr(),
     }
-
-
-def chain_params(problem: ChainProblem, y: Tensor) -> ChainParams:
-    """The parameter block of a chain that writes into `y`; the problem owns what it points to."""
-    case, shapes = problem.case, problem.case.shapes
-    params = ChainParams(
-        stages=len(case.stages),
-        n=case.n,
-        dtype=_DTYPES[case.dtype],
-        layout=int(memory_format(problem.x) is torch.channels_last),
-        x=problem.x.data_ptr(),
-        residual=_pointer(problem.residual),
-        y=y.data_ptr(),
-    )
-    for i, (stage, weight) in enumerate(zip(case.stages, problem.weights, strict=True)):
-        (c, h, w), (k, p, q), pads = shapes[i], shapes[i + 1], stage.pads
-        sizes = (case.n, c, h, w, k, *stage.kernel, p, q, *stage.stride, pads[0], pads[2])
-        params.stage[i] = ChainStage(
-            ConvShape(*sizes, *stage.dilation, problem.groups[i]),
-            _ACTIVATIONS.index(stage.activation),
-            weight.data_ptr(),
-            (ctypes.c_int64 * 4)(*weight.stride()),
-            _pointer(problem.biases[i]),
-        )
-    return params
 
 
 def shape_of(problem: Problem) -> ConvShape:

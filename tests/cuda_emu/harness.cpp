@@ -122,6 +122,12 @@ int emu_depthwise_conv2d(const sparsecnn::DepthwiseConv2dParams* params) {
   return guarded([&] { return sparsecnn::cuda::depthwise_conv2d(*params, nullptr); });
 }
 
+int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
+  return guarded([&] { return sparsecnn::cuda::pointwise_conv2d(*params, nullptr); });
+}
+
+size_t emu_sizeof_pointwise_params() { return sizeof(sparsecnn::PointwiseConv2dParams); }
+
 // Bytes of device memory the last chain asked for, and the chain itself.
 int64_t emu_workspace_bytes() { return workspace_bytes; }
 
@@ -143,7 +149,8 @@ const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(e
 
 const char* emu_message() { return message.c_str(); }
 
-void emu_set_device(int sm_count, int smem_optin_bytes) {
+void emu_set_device(int sm_count, int smem_optin_bytes, int64_t max_grid) {
+  emu::device().max_grid = max_grid;
   emu::device().sm_count = sm_count;
   emu::device().smem_optin_bytes = smem_optin_bytes;
 }

@@ -16,6 +16,8 @@ def main() -> None:
     """Every case in one layout and two block sizes; values are checked too."""
     emu = Emulator(Path(sys.argv[1]))
     count = 0
+    others = [(case, emu.depthwise) for case in cases.DEPTHWISE]
+    others += [(case, emu.pointwise) for case in cases.POINTWISE]
     for index, case in enumerate(cases.ALL):
         emu.set_device(1 if index % 3 else 100_000)
         layout = "channels_last" if index % 2 else "contiguous"
@@ -24,10 +26,11 @@ def main() -> None:
         problem.check(emu.forward(problem))
         emu.grad_values(problem, torch.ones(case.n, case.k, *case.out_size))
         count += 1
-    for case in cases.DEPTHWISE:
+    for index, (case, run) in enumerate(others):
         for layout in ("contiguous", "channels_last"):
-            problem = build(case.but(layout=layout))
-            problem.check(emu.depthwise(problem))
+            dtype = (torch.float32, torch.float16, torch.bfloat16)[index % 3]
+            problem = build(case.but(layout=layout, dtype=dtype))
+            problem.check(run(problem))
             count += 1
     print(f"{count} cases passed")
 

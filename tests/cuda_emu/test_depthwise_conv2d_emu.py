@@ -76,9 +76,8 @@ def test_unaligned_tensors_are_not_read_as_vectors(emu: Emulator) -> None:
     assert emu.kernel == "launch_direct<float>"
 
 
-def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 2")}
-    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
+def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    emu.set_device(max_grid=2)
     case = BASE.but(n=3, h=40, w=33, c=260, k=260, groups=260)
     for order, layout in (("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")):
         monkeypatch.setenv("CUDA_EMU_ORDER", order)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -209,6 +209,7 @@ def test_latency_and_throughput_of_a_model(clock: Clock):
         ({"warmup": -1}, ValueError, "expected warmup >= 0, got -1"),
         ({"warmup": True}, TypeError, "expected warmup to be an int, got True"),
         ({"settle": -1}, ValueError, "expected settle >= 0, got -1"),
+        ({"graph_calls": -1}, ValueError, "expected graph_calls >= 0, got -1"),
         ({"runs": 0}, ValueError, "expected runs >= 1, got 0"),
         ({"runs": 2.0}, TypeError, "expected runs to be an int, got 2.0"),
         ({"min_time_s": -0.1}, ValueError, "expected min_time_s >= 0 and finite, got -0.1"),
@@ -254,6 +255,7 @@ class FakeCuda:
         self.log: list[str] = []
         self.done_ms = 0.0
         self.queued_ms = 0.0
+        self.capturing: FakeGraph | None = None
 
     def device_count(self) -> int:
         return 1
@@ -273,7 +275,46 @@ class FakeCuda:
 
     def launch(self, work_ms: float) -> None:
         self.log.append("launch")
-        self.queued_ms += work_ms
+        if self.capturing is None:
+            self.queued_ms += work_ms
+        else:
+            self.capturing.work_ms += work_ms
+
+    def Stream(self) -> FakeStream:
+        return FakeStream()
+
+    current_stream = Stream
+
+    def stream(self, stream: FakeStream) -> AbstractContextManager[None]:
+        self.log.append("side stream")
+        return nullcontext()
+
+    def CUDAGraph(self) -> FakeGraph:
+        return FakeGraph(self)
+
+    @contextmanager
+    def graph(self, graph: FakeGraph) -> Iterator[None]:
+        self.log.append("capture")
+        self.capturing = graph
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+
+class FakeStream:
+    def wait_stream(self, other: FakeStream) -> None:
+        assert isinstance(other, FakeStream)
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.work_ms = 0.0
+
+    def replay(self) -> None:
+        self.cuda.log.append("replay")
+        self.cuda.queued_ms += self.work_ms
 
 
 class FakeEvent:
@@ -307,8 +348,43 @@ def test_cuda_is_timed_by_events_on_an_idle_device(monkeypatch: pytest.MonkeyPat
     assert cuda.log == warm + ["synchronize", "record", "launch", "record", "synchronize"] * 8
 
 
+def test_cuda_graphs_are_timed_per_call(monkeypatch: pytest.MonkeyPatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(timer.torch, "cuda", cuda)
+    stats = time_interleaved(
+        {"a": lambda: cuda.launch(3.0), "b": lambda: cuda.launch(0.5)},
+        warmup=1, runs=4, device="cuda:0", graph_calls=5,
+    )  # fmt: skip
+    assert stats["a"] == LatencyStats.from_ns([3_000_000] * 4)
+    assert stats["b"] == LatencyStats.from_ns([500_000] * 4)
+    prepared = ["side stream", *["launch"] * 3, "capture", *["launch"] * 5]
+    begin = ["device cuda:0", *prepared * 2, "replay", "replay", "synchronize"]
+    assert cuda.log == begin + ["synchronize", "record", "replay", "record", "synchronize"] * 8
+
+
+def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(timer.torch, "cuda", cuda)
+
+    def waits() -> None:
+        if cuda.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match=r"fns\['b'\] to be capturable .* not permitted"):
+        time_interleaved({"a": lambda: None, "b": waits}, device="cuda", graph_calls=2)
+    assert cuda.log.count("capture") == 2 and "replay" not in cuda.log
+
+
+def test_the_cpu_needs_no_graphs():
+    clock: list[int] = []
+    time_interleaved({"a": lambda: clock.append(1)}, warmup=0, runs=6, graph_calls=3)
+    assert len(clock) == 6
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_times_are_positive():
+@pytest.mark.parametrize("graph_calls", [0, 10])
+def test_cuda_times_are_positive(graph_calls: int):
     x = torch.randn(512, 512, device="cuda")
-    stats = time_interleaved({"a": lambda: x @ x}, warmup=2, runs=5, device="cuda")["a"]
+    fns = {"a": lambda: x @ x}
+    stats = time_interleaved(fns, warmup=2, runs=5, device="cuda", graph_calls=graph_calls)["a"]
     assert stats.runs == 5 and 0 < stats.min_s <= stats.median_s <= stats.p99_s

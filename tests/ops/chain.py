@@ -86,7 +86,7 @@ def run_function(problem: ChainProblem) -> Tensor:
 
 def pointwise_args(problem: Problem, weight: Tensor) -> tuple[Any, ...]:
     """Positional arguments of `torch.ops.sparsecnn.pointwise_conv2d`."""
-    case = problem.case
+    case, weight = problem.case, weight.to(problem.x.device)
     return (
         problem.x, weight, problem.bias, problem.residual, list(case.stride), case.activation,
     )  # fmt: skip

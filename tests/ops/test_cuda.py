@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.cases import ConvCase, Problem, build
 from tests.ops import csr, depthwise
+from tests.ops.chain import pointwise_args
 
 CASE = ConvCase(n=2, c=8, h=13, w=11, k=8, residual=True, activation="relu", integers=True)
 OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
@@ -21,6 +22,10 @@ OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
     "depthwise_conv2d": (
         depthwise.depthwise(CASE),
         lambda p: torch.ops.sparsecnn.depthwise_conv2d.default(*depthwise.op_args(p)),
+    ),
+    "pointwise_conv2d": (
+        CASE.but(kernel=(1, 1), padding=(0, 0, 0, 0), pattern="full"),
+        lambda p: torch.ops.sparsecnn.pointwise_conv2d.default(*pointwise_args(p, p.weight)),
     ),
 }
 LAYOUTS = ("contiguous", "channels_last")
