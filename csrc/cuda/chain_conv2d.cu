@@ -168,17 +168,17 @@ __device__ __forceinline__ void run_step(const Chain& chain, const ChainStep& s,
 
 template <typename T, int kSums>
 __global__ void __launch_bounds__(kChainThreads, kSums == 4 ? 2 : 1)
-    chain_conv2d_fused(const ChainConv2dParams prm, int begin, const ChainPlan plan,
-                       const Ends ends) {
+    chain_conv2d_fused(const ChainConv2dParams prm, const ChainPlan plan, const Ends ends) {
   DYN_SMEM(float, memory);
   // The tile lies in shared memory: it would hold registers through all stages.
   Tile& tile = *reinterpret_cast<Tile*>(memory);
   float* const smem = memory + kTileFloats;
-  const Chain chain{prm.stage + begin, &plan, &ends, smem};
+  const Chain chain{prm.stage, &plan, &ends, smem};
 #pragma unroll 1
-  for (int64_t work = blockIdx.x; work < plan.work; work += gridDim.x) {
+  for (int turn = 0; blockIdx.x + static_cast<int64_t>(turn) * gridDim.x < plan.work; ++turn) {
     __syncthreads();  // all are through with the tile before
     if (threadIdx.x == 0) {
+      const int64_t work = blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
       int64_t share, tile_q, tile_p;
       // Shares of the channels run fastest: blocks in flight together read the same inputs.
       tile.n = divide(divide(divide(work, plan.slabs, &share), plan.tiles_q, &tile_q), plan.tiles_p,
@@ -280,13 +280,15 @@ template <typename T, int kSums>
 cudaError_t launch_fused(const ChainConv2dParams& p, const Group& g, const Ends& e,
                          cudaStream_t stream) {
   const auto kernel = chain_conv2d_fused<T, kSums>;
+  ChainConv2dParams stages = p;
+  for (int i = 0; i < g.count; ++i) stages.stage[i] = p.stage[g.begin + i];
   if (g.plan.smem_bytes > kDefaultSmemBytes) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.plan.smem_bytes));
     if (error != cudaSuccess) return error;
   }
   CUDA_LAUNCH(kernel, grid_size(g.plan.work), kChainThreads, static_cast<size_t>(g.plan.smem_bytes),
-              stream, p, g.begin, g.plan, e);
+              stream, stages, g.plan, e);
   return cudaGetLastError();
 }
 

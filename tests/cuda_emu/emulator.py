@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,9 @@ def build(
         assert source.count(text) == 1, f"{name}: {source.count(text)} times {text!r}"
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
         (folder / "cuda" / name).write_text(source.replace(text, replacement))
-    header_edited = any(not name.endswith(".cu") for name in edits)
     objects = []
     for path in (HERE / "harness.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
-        if path.name in edits or header_edited:
+        if _reaches(path, edits):
             copy = folder / "cuda" / path.name
             source_path = copy if copy.exists() else path
             compiled = output.parent / f"{path.stem}.o"
@@ -134,6 +133,14 @@ def build(
             objects.append(_sound_object(path, flags))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
+
+
+def _reaches(source: Path, names: Collection[str]) -> bool:
+    """Whether a source is, or includes at any depth, one of the product's files."""
+    if source.name in names:
+        return True
+    included = re.findall(r'#include "cuda/([^"]+)"', source.read_text())
+    return any(_reaches(CSRC / "cuda" / name, names) for name in included)
 
 
 def _compile(source: Path, output: Path, flags: tuple[str, ...], *first: Path) -> Path:
