@@ -35,6 +35,10 @@ BUDGETS = {
     # Blocks of 256 threads, two of them to an SM at least.
     r"depthwise_conv2d_(planes|channels|direct)I": 128,
     r"pointwise_conv2d_tiledI": 128,
+    # The same; and with twice the sums one block to an SM.
+    r"chain_conv2d_fusedI.*Li4EE": 128,
+    r"chain_conv2d_fusedI.*Li8EE": 255,
+    r"chain_conv2d_directI": 128,
 }
 
 

@@ -1,3 +1,34 @@
+// chain_conv2d: convolutions in a row, each dense or depthwise, without storing what lies between.
+//
+//   x_0 = x,  x_i = act_i(conv(x_{i-1}, W_i) + bias_i),  y = act_n(conv(x_{n-1}, W_n) + bias_n
+//                                                                  + residual)
+//
+// Data layout: x, residual and y are NCHW or channels last; weights have any strides and are staged
+// 16 bytes at a time if their filters lie innermost. Storage is float, half or bfloat16; sums and
+// intermediates are float, in shared memory [pixel][channel].
+//
+// Fused kernel. A block owns a tile of outputs of one image and all final channels or a share of
+// them (few blocks leave processors idle). It walks the steps of chain_conv2d_plan.h: what the tile
+// needs of an intermediate, halo included, is made in shared memory and used from there. A last
+// dense stage keeps its sums in registers while its input passes by in chunks of channels, so
+// expanded channels never lie there all at once. Outputs leave through shared memory, where the
+// residual waits for them. The weights of the next pass are copied while the present one computes.
+// Dense stages: chain_conv2d_dense.cuh; depthwise stages and copies: chain_conv2d_tile.cuh.
+//
+// Direct kernel. One stage, an output per thread, for what no tile of fits into shared memory. A
+// chain that does not fit runs in groups of stages, float intermediates in the caller's workspace.
+//
+// Bound (derived): x, residual and y once through device memory, and the stages' multiply-adds. For
+// 96>576>96 on 14x14, 128 images in bfloat16, that is 13 times less than three kernels move. Above
+// it stands the arithmetic: float intermediates cost a dense stage three products on tensor cores
+// (six for half), a halo its share of the earlier stages (1.65 for 3x3 on tiles of 7x7). Half types
+// with 4 units of sums a warp take 128 registers, so that two blocks hide each other's barriers;
+// others have an SM for themselves. GPU timings have not been taken: tiles are chosen by counted
+// work, with rates that are reasoned, not measured.
+//
+// Papers: Sandler et al., "MobileNetV2", CVPR 2018; Kim et al., ICLR 2016 (Tucker-2); Lebedev et
+// al., ICLR 2015 (CP); Jaderberg et al., BMVC 2014 (kx1 > 1xk); Alwani et al., MICRO 2016 (tiles,
+// halos).
 #include "cuda/chain_conv2d_tile.cuh"
 #include "cuda/entry.h"
 
@@ -345,8 +376,8 @@ cudaError_t launch(const ChainConv2dParams& p, WorkspaceSource workspace, void* 
     const Ends e = ends_of(p, g, from, to, kVector<T>);
     if (!g.fused)
       error = launch_direct<T>(p.stage[g.begin], e, stream);
-    else if (g.plan.sums == 4)
-      error = launch_fused<T, 4>(p, g, e, stream);
+    else if (kOnTensorCores<T> && g.plan.sums == 4)
+      error = launch_fused<T, kOnTensorCores<T> ? 4 : 8>(p, g, e, stream);
     else
       error = launch_fused<T, 8>(p, g, e, stream);
   }

@@ -314,7 +314,9 @@ inline bool plan_group(const ChainConv2dParams& p, int begin, int count, const C
   const auto try_tile = [&](int64_t h, int64_t w) {
     for (int option = 0; option < 8; ++option) {
       const bool fuse = option & 1, split = option & 2, big = option & 4;
-      // Two small blocks share an SM, a big one has it for itself.
+      // Two small blocks share an SM, a big one has it for itself. In float32 there are big ones
+      // only: the compiler finds no small one in 128 registers.
+      if (!big && !m.matrix) continue;
       const int64_t smem_bytes = big ? m.smem_bytes : m.smem_bytes / 2 - 1024;
       ChainPlan plan;
       for (int64_t chunk = 64; chunk >= kGrain; chunk /= 2) {

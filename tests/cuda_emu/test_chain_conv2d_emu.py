@@ -17,8 +17,8 @@ from tests.cuda_emu.emulator import Emulator
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
 CASES = chain.cases()
-# A tile of one output of the last chain needs more shared memory than the small device has.
-SMALL = 24 * 1024
+# A device on which no tile of these chains fits.
+SMALL = 12 * 1024
 WIDE_FILTER = ChainCase(
     (Stage(20), Stage(6, (3, 3), dilation=(24, 20)), Stage(9)), n=1, c=5, h=60, w=50, integers=True
 )
@@ -32,25 +32,32 @@ def check(emu: Emulator, case: ChainCase) -> None:
 
 def test_integers_are_exact(emu: Emulator) -> None:
     kernels = set()
-    for case in CASES:
-        for layout in BOTH:
+    for index, case in enumerate(CASES):
+        for layout in BOTH if index < 6 else (BOTH[index % 2],):
             check(emu, case.but(layout=layout))
             kernels.add(emu.kernel)
-    assert kernels == {"launch_fused<float, 4>", "launch_fused<float, 8>"}
+    assert kernels == {"launch_fused<float, 8>"}
 
 
-def test_chains_that_do_not_fit_run_stage_by_stage(emu: Emulator) -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for layout in BOTH:
-            for case, launches in ((WIDE_FILTER, 3), (CASES[5], 2)):
-                emu.set_device(smem_bytes=SMALL)
-                before = emu.launches
-                check(emu, case.but(dtype=dtype, layout=layout, integers=False))
-                assert emu.launches - before == launches
-                assert emu.number("emu_workspace_bytes") > 0
-        emu.set_device()
-        check(emu, CASES[0].but(dtype=dtype, integers=False))
-        assert emu.number("emu_workspace_bytes") == 0
+def test_integers_in_bfloat16_are_exact(emu: Emulator) -> None:
+    kernels = set()
+    for index, case in enumerate(CASES):
+        check(emu, case.but(layout=BOTH[index % 2], dtype=torch.bfloat16))
+        kernels.add(emu.kernel)
+    assert kernels == {f"launch_fused<__nv_bfloat16, {sums}>" for sums in (4, 8)}
+
+
+def test_chains_that_do_not_fit_run_in_groups(emu: Emulator) -> None:
+    for dtype, layout in zip((torch.float32, torch.float16, torch.bfloat16), (*BOTH, *BOTH)):
+        for case in (WIDE_FILTER, CASES[4]):
+            emu.set_device(smem_bytes=SMALL)
+            before = emu.launches
+            check(emu, case.but(dtype=dtype, layout=layout, integers=False))
+            assert emu.launches - before > 1
+            assert emu.number("emu_workspace_bytes") > 0
+    emu.set_device()
+    check(emu, CASES[2])
+    assert emu.number("emu_workspace_bytes") == 0
 
 
 def test_the_direct_kernel_ends_a_chain(emu: Emulator) -> None:
@@ -61,19 +68,15 @@ def test_the_direct_kernel_ends_a_chain(emu: Emulator) -> None:
         assert emu.kernel == "launch_direct<float>"
 
 
-@pytest.mark.parametrize("index", [0, 2, 5, 6, 13])
+@pytest.mark.parametrize("index", [0, 4, 6])
 def test_every_type_layout_and_order(emu: Emulator, index: int, thread_order: str) -> None:
-    for variant in chain.variants(CASES[index].but(n=1)):
+    for variant in chain.variants(CASES[index].but(n=1, h=6, w=5)):
         check(emu, variant)
 
 
-def test_wide_blocks_in_half_types(emu: Emulator) -> None:
-    kernels = set()
-    for dtype in (torch.float16, torch.bfloat16):
-        for case in (CASES[11], ChainCase((Stage(256),), n=1, c=32, h=8, w=8, integers=True)):
-            check(emu, case.but(dtype=dtype, layout="channels_last"))
-            kernels.add(emu.kernel)
-    assert {"launch_fused<__half, 8>", "launch_fused<__nv_bfloat16, 8>"} <= kernels
+def test_wide_blocks_of_halves(emu: Emulator) -> None:
+    check(emu, CASES[1].but(dtype=torch.float16, integers=False, layout="channels_last"))
+    assert emu.kernel == "launch_fused<__half, 8>"
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
@@ -156,7 +159,8 @@ FAULTS = {
         "chain_conv2d_dense.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();",
     ),
     "a row of the halo": (
-        "chain_conv2d_plan.h", "first_h * s.stride_h - s.pad_top", "first_h * s.stride_h - s.pad_top + 1",
+        "chain_conv2d_plan.h", "first_h * s.stride_h - s.pad_top,",
+        "first_h * s.stride_h - s.pad_top + 1,",
     ),
     "values beyond the edge": (
         "chain_conv2d_tile.cuh",
@@ -166,8 +170,8 @@ FAULTS = {
     "the last output of a strip": (
         "chain_conv2d_tile.cuh", "if (col + j >= out.w) break;", "if (col + j >= out.w - 1) break;",
     ),
-    "a chunk's weights of the chunk before": (
-        "chain_conv2d.cu", "next_staged = c0 + s.chunk < end;", "next_staged = c0 + s.chunk < end && c0 > 0;",
+    "weights of the first chunk for the second": (
+        "chain_conv2d.cu", "inputs, c0 + s.chunk, smem", "inputs, c0, smem",
     ),
 }  # fmt: skip
 
@@ -178,9 +182,8 @@ def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
     edits = {name: (text, replacement)}
     emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
     with pytest.raises(AssertionError):
-        for case in CASES:
-            for layout in BOTH:
-                check(emu, case.but(layout=layout))
+        for case in (*CASES[:6], CASES[16], CASES[11]):
+            check(emu, case)
 
 
 def test_nothing_to_compute_launches_nothing(emu: Emulator) -> None:
@@ -228,13 +231,15 @@ def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
     # input is too spread for a tile, and by tiles of one pixel.
     side, stride = 33_000, 32_999
     x, corners = shared.huge_image(layout, side)
-    for stages, kernel in (
-        ((Stage(3, stride=(stride, stride), bias=False),), "launch_fused<__half, 4>"),
-        ((Stage(3, (2, 2), dilation=(stride, stride), padding=(0, 0, 0, 0), bias=False),), "launch_direct<__half>"),
-    ):
-        case = ChainCase(stages, 1, 2, side, side, dtype=torch.float16, integers=True)
-        problem = dataclasses.replace(build_chain(case.but(h=2, w=2, stages=(Stage(3, stages[0].kernel, bias=False),))), x=x, case=case)
-        y = chain.run(emu, problem)
+    far = {"stride": (stride, stride)}, {"kernel": (2, 2), "dilation": (stride, stride)}
+    for options, kernel in zip(far, ("launch_fused<__half, 4>", "launch_direct<__half>")):
+        stage = Stage(3, padding=(0, 0, 0, 0), bias=False, **options)  # type: ignore[arg-type]
+        near = dataclasses.replace(stage, stride=(1, 1), dilation=(1, 1))
+        case = ChainCase((near,), n=1, c=2, h=2, w=2, dtype=torch.float16, integers=True)
+        problem = build_chain(case)
         want = reference.conv2d(corners.double(), problem.weights[0].double(), None)
-        assert torch.equal(y.double(), want)
+        case = case.but(stages=(stage,), h=side, w=side)
+        assert torch.equal(
+            chain.run(emu, dataclasses.replace(problem, x=x, case=case)).double(), want
+        )
         assert emu.kernel == kernel
