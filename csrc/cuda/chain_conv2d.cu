@@ -18,25 +18,21 @@
 // Direct kernel. One stage, an output per thread, for what no tile of fits into shared memory. A
 // chain that does not fit runs in groups of stages, float intermediates in the caller's workspace.
 //
-// Bound (derived): x, residual and y once through device memory, and the stages' multiply-adds. For
-// 96>576>96 on 14x14, 128 images in bfloat16, that is 13 times less than three kernels move. Above
-// it stands the arithmetic: float intermediates cost a dense stage three products on tensor cores
-// (six for half), a halo its share of the earlier stages (1.65 for 3x3 on tiles of 7x7). Half types
-// with 4 units of sums a warp take 128 registers, so that two blocks hide each other's barriers;
-// others have an SM for themselves. GPU timings have not been taken: tiles are chosen by counted
-// work, with rates that are reasoned, not measured.
+// Bound (derived): x, residual and y once through device memory, and the stages' multiply-adds.
+// Float intermediates cost a dense stage three products on tensor cores (six for half), a halo its
+// share of the earlier stages (1.65 for 3x3 on tiles of 7x7). Half types with 4 units of sums a
+// warp take 128 registers, so that two blocks hide each other's barriers; others have an SM for
+// themselves. No GPU timings were taken: tiles are chosen by counted work, at reasoned rates.
 //
 // Papers: Sandler et al., "MobileNetV2", CVPR 2018; Kim et al., ICLR 2016 (Tucker-2); Lebedev et
-// al., ICLR 2015 (CP); Jaderberg et al., BMVC 2014 (kx1 > 1xk); Alwani et al., MICRO 2016 (tiles,
-// halos).
+// al., ICLR 2015 (CP); Alwani et al., "Fused-Layer CNN Accelerators", MICRO 2016 (tiles and halos).
 #include "cuda/chain_conv2d_tile.cuh"
 #include "cuda/entry.h"
 
 namespace sparsecnn::cuda {
 namespace {
 
-// What is the same for all of a tile.
-struct Chain {
+struct Chain {  // what is the same for all of a tile
   const ChainStage* stages;
   const ChainPlan* plan;
   const Ends* ends;
@@ -50,8 +46,8 @@ struct Chunk {
   int pitch;
 };
 
-// Makes a chunk in shared memory and stages the weights that reduce it to filters from k on.
-// `first`: no chunk was made before it, which would have staged the weights of its expansion.
+// Makes a chunk and stages the weights that reduce it to filters from k on. `first`: no chunk was
+// made before it, which would have staged the weights of its expansion.
 template <typename T, int kSums>
 __device__ __forceinline__ Chunk make_chunk(const Chain& chain, const ChainStep& s,
                                             const Tile& tile, int c0, int channels, int end, int k,
@@ -233,7 +229,6 @@ __global__ void __launch_bounds__(kChainThreads, kSums == 4 ? 2 : 1)
   }
 }
 
-// One stage, an output per thread: what no tile of fits into shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kChainThreads)
     chain_conv2d_direct(const ChainStage stage, const Ends e, int64_t work) {

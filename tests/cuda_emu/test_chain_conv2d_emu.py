@@ -33,7 +33,7 @@ def check(emu: Emulator, case: ChainCase) -> None:
 def test_integers_are_exact(emu: Emulator) -> None:
     kernels = set()
     for index, case in enumerate(CASES):
-        for layout in BOTH if index < 6 else (BOTH[index % 2],):
+        for layout in BOTH if index < 3 else (BOTH[index % 2],):
             check(emu, case.but(layout=layout))
             kernels.add(emu.kernel)
     assert kernels == {"launch_fused<float, 8>"}
@@ -41,14 +41,15 @@ def test_integers_are_exact(emu: Emulator) -> None:
 
 def test_integers_in_bfloat16_are_exact(emu: Emulator) -> None:
     kernels = set()
-    for index, case in enumerate(CASES):
-        check(emu, case.but(layout=BOTH[index % 2], dtype=torch.bfloat16))
+    for index, case in enumerate((*CASES[:6], *CASES[10:12])):
+        check(emu, case.but(layout=BOTH[index % 2], dtype=torch.bfloat16, n=1))
         kernels.add(emu.kernel)
     assert kernels == {f"launch_fused<__nv_bfloat16, {sums}>" for sums in (4, 8)}
 
 
 def test_chains_that_do_not_fit_run_in_groups(emu: Emulator) -> None:
-    for dtype, layout in zip((torch.float32, torch.float16, torch.bfloat16), (*BOTH, *BOTH)):
+    types = (torch.float32, BOTH[0]), (torch.float16, BOTH[1]), (torch.bfloat16, BOTH[0])
+    for dtype, layout in types:
         for case in (WIDE_FILTER, CASES[4]):
             emu.set_device(smem_bytes=SMALL)
             before = emu.launches
@@ -70,7 +71,7 @@ def test_the_direct_kernel_ends_a_chain(emu: Emulator) -> None:
 
 @pytest.mark.parametrize("index", [0, 4, 6])
 def test_every_type_layout_and_order(emu: Emulator, index: int, thread_order: str) -> None:
-    for variant in chain.variants(CASES[index].but(n=1, h=6, w=5)):
+    for variant in chain.variants(CASES[index].but(n=1, h=4, w=5)):
         check(emu, variant)
 
 
@@ -85,7 +86,7 @@ def test_activations_in_every_type(emu: Emulator, activation: str) -> None:
         Stage(18, activation=activation), Stage(None, (3, 3), bias=False, activation=activation),
         Stage(9, bias=False, activation=activation),
     )  # fmt: skip
-    case = ChainCase(stages, n=1, c=4, h=4, w=5, residual=True)
+    case = ChainCase(stages, n=1, c=4, h=2, w=3, residual=True)
     for variant in chain.variants(case):
         check(emu, variant)
 
@@ -136,12 +137,12 @@ def test_small_images_are_shared_by_many_blocks(emu: Emulator) -> None:
 def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 2")}
     emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
-    case = ChainCase(inverted(20, 9), n=3, h=17, w=9, residual=True, integers=True)
+    case = ChainCase(inverted(20, 9), n=3, h=9, w=9, residual=True, integers=True)
     for order, layout in (("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")):
         monkeypatch.setenv("CUDA_EMU_ORDER", order)
         check(emu, case.but(layout=layout))
     emu.set_device(smem_bytes=SMALL)
-    check(emu, WIDE_FILTER)
+    check(emu, WIDE_FILTER.but(h=50, w=42))
 
 
 FAULTS = {
@@ -232,7 +233,8 @@ def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
     side, stride = 33_000, 32_999
     x, corners = shared.huge_image(layout, side)
     far = {"stride": (stride, stride)}, {"kernel": (2, 2), "dilation": (stride, stride)}
-    for options, kernel in zip(far, ("launch_fused<__half, 4>", "launch_direct<__half>")):
+    kernels = "launch_fused<__half, 4>", "launch_direct<__half>"
+    for options, kernel in zip(far, kernels, strict=True):
         stage = Stage(3, padding=(0, 0, 0, 0), bias=False, **options)  # type: ignore[arg-type]
         near = dataclasses.replace(stage, stride=(1, 1), dilation=(1, 1))
         case = ChainCase((near,), n=1, c=2, h=2, w=2, dtype=torch.float16, integers=True)
