@@ -153,8 +153,24 @@ class ChainProblem:
     groups: list[int]
     residual: Tensor | None
 
+    def to(self, device: str) -> ChainProblem:
+        """The same with every tensor on a device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        return dataclasses.replace(
+            self,
+            x=self.x.to(device),
+            weights=[w.to(device) for w in self.weights],
+            biases=[move(b) for b in self.biases],
+            residual=move(self.residual),
+        )
+
     def expected(self) -> tuple[Tensor, Tensor, float]:
         """The exact result, how far from it a kernel may be, and the largest sum there may be."""
+        if self.x.device.type != "cpu":
+            return self.to("cpu").expected()
         last = len(self.case.stages) - 1
         y, error = self.x.double(), torch.zeros_like(self.x, dtype=torch.float64)
         largest = 0.0

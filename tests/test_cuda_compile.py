@@ -52,6 +52,10 @@ BUDGETS = {
     r"winograd_conv2d_denseI.*Li2ELi": 128,
     r"winograd_conv2d_denseI.*Li4ELi": 168,
     r"winograd_conv2d_(mma|sparse)I": 128,
+    # The same; and with twice the sums one block to an SM.
+    r"chain_conv2d_fusedI.*Li4EE": 128,
+    r"chain_conv2d_fusedI.*Li8EE": 255,
+    r"chain_conv2d_directI": 128,
 }
 
 

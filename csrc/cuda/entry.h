@@ -21,6 +21,13 @@ int32_t pattern_conv2d_2_4(const PatternConv2dParams& params, void* workspace, v
 int32_t winograd_conv2d(const WinogradConv2dParams& params, void* stream);
 int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream);
 
+// Gives `bytes` of device memory that live until the work on the stream is done, or throws.
+using WorkspaceSource = void* (*)(void* context, int64_t bytes);
+// `workspace` is called at most once, and only for chains that no tile of fits into shared memory:
+// they run as several launches with intermediates in device memory.
+int32_t chain_conv2d(const ChainConv2dParams& params, WorkspaceSource workspace, void* context,
+                     void* stream);
+
 // Text of an error returned by a launcher.
 const char* error_string(int32_t error);
 

@@ -3,6 +3,7 @@
 
 #include "cpu/kernel_table.h"
 #include "ops/conv.h"
+#include "ops/cuda_stream.h"
 
 namespace sparsecnn::ops {
 namespace {
@@ -138,6 +139,30 @@ Tensor chain_conv2d_cpu(const Tensor& x, std::vector<Tensor> weights, std::vecto
   return call.y;
 }
 
+#ifdef SPARSECNN_CUDA
+Tensor chain_conv2d_cuda(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                         std::optional<Tensor> residual, Ints has_bias, Ints stride, Ints padding,
+                         Ints dilation, Ints groups, Name activations) {
+  const CudaGuard guard(x);
+  const Call call = prepare(x, weights, biases, residual, has_bias, stride, padding, dilation,
+                            groups, activations);
+  check_cuda_dtype(kOp, call.params.dtype);
+  // Freed to the allocator of the stream when the call returns: work enqueued there comes later.
+  struct Workspace {
+    const Tensor& like;
+    Tensor memory;
+  } workspace{x, Tensor()};
+  const auto allocate = [](void* context, int64_t bytes) -> void* {
+    auto* w = static_cast<Workspace*>(context);
+    w->memory = torch::stable::new_empty(w->like, {(bytes + 3) / 4},
+                                         torch::headeronly::ScalarType::Float);
+    return w->memory.mutable_data_ptr();
+  };
+  guard.check(cuda::chain_conv2d(call.params, allocate, &workspace, guard.stream()), kOp);
+  return call.y;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
@@ -150,5 +175,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {
   m.impl("chain_conv2d", TORCH_BOX(&chain_conv2d_cpu));
 }
+
+#ifdef SPARSECNN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CUDA, m) {
+  m.impl("chain_conv2d", TORCH_BOX(&chain_conv2d_cuda));
+}
+#endif
 
 }  // namespace sparsecnn::ops

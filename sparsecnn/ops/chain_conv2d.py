@@ -93,7 +93,7 @@ def chain_conv2d(
 
     Args:
         x: ``(N, C, H, W)``, contiguous or channels_last; another layout is copied first. float32,
-            bfloat16 or float64, on the CPU.
+            bfloat16 or float64 on the CPU; float32, float16 or bfloat16 on CUDA.
         stages: 1 to 8; each dense (groups 1, any filter) or depthwise (groups = C = K), any
             stride, padding and dilation. Weights in the order of `formats.chain.channels_innermost`
             are read in place, others are copied by every call.
@@ -104,9 +104,12 @@ def chain_conv2d(
 
     Accuracy: intermediates stay in float32 for bfloat16 input. Each sum is one chain of FMAs over
     (r, s, c), bitwise the same at any thread count; the error of a stage is that of a convolution
-    of L = C/G * R * S terms, and errors of earlier stages pass through the later ones. Cost:
-    ``2 * N * P * Q * K * C/G * R * S`` FLOPs per stage, and with several threads on one image the
-    rows where their shares overlap once more. Scratch: up to about 1 MB a thread. The backward
+    of L = C/G * R * S terms, and errors of earlier stages pass through the later ones. On CUDA the
+    dense stages of float16 and bfloat16 go through the tensor cores, which see the intermediates
+    with all 24 bits, in three parts; float32 never does. Cost: ``2 * N * P * Q * K * C/G * R * S``
+    FLOPs per stage, and where threads or blocks share one image the rows and columns where their
+    shares overlap once more. Scratch: up to about 1 MB a thread on the CPU; on CUDA shared memory,
+    and for a chain of which no tile fits there float32 intermediates in device memory. The backward
     computes all intermediates again with the framework's convolutions and keeps them until it ends:
     about the cost of training the plain sequence plus one forward.
 
@@ -173,8 +176,6 @@ def _check(
     residual: Tensor | None,
     geometry: ChainGeometry,
 ) -> None:
-    if isinstance(x, Tensor) and x.device.type == "cuda":
-        raise NotImplementedError(f"{_OP}: expected x on the CPU, got {x.device}")
     names = geometry.activations.split(",")
     image = x
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

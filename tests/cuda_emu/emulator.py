@@ -38,8 +38,8 @@ OPTIMIZED = ("-O1",)
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 QUICK = ("-O0",)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _SHAPE_FIELDS = "n c h w k r s p q stride_h stride_w pad_top pad_left dil_h dil_w groups".split()
 
 
@@ -218,7 +218,7 @@ def sanitizer_environment() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": options}
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -326,6 +326,16 @@ class Emulator:
         if error:
             raise ValueError(f"cuda error {error}: {self.error_string(error)}")
 
+    def call(self, name: str, params: ctypes.Structure) -> None:
+        """The harness's function of an op on its parameter block; raises as `forward_raw`."""
+        self._raise(getattr(self._lib, name)(ctypes.byref(params)))
+
+    def number(self, name: str) -> int:
+        """A number that the harness tells."""
+        tells = getattr(self._lib, name)
+        tells.restype = ctypes.c_int64
+        return int(tells())
+
     def forward_raw(self, params: ForwardParams) -> None:
         """csr_conv2d on a parameter block.
 
@@ -432,7 +442,7 @@ class Emulator:
         self.grad_raw(
             GradParams(
                 shape=shape_of(problem),
-                dtype=_DTYPES[problem.case.dtype],
+                dtype=DTYPES[problem.case.dtype],
                 layout=_layout(problem),
                 x=problem.x.data_ptr(),
                 grad_y=grad_y.data_ptr(),
@@ -462,12 +472,12 @@ def _common(problem: Problem, y: Tensor) -> dict[str, Any]:
     """The fields of ConvParams."""
     return {
         "shape": shape_of(problem),
-        "dtype": _DTYPES[problem.case.dtype],
+        "dtype": DTYPES[problem.case.dtype],
         "layout": _layout(problem),
-        "activation": _ACTIVATIONS.index(problem.case.activation),
+        "activation": ACTIVATIONS.index(problem.case.activation),
         "x": problem.x.data_ptr(),
-        "bias": _pointer(problem.bias),
-        "residual": _pointer(problem.residual),
+        "bias": pointer(problem.bias),
+        "residual": pointer(problem.residual),
         "y": y.data_ptr(),
     }
 

@@ -1,6 +1,8 @@
 // The launchers behind a C interface for ctypes; exceptions of the emulator become messages.
+#include <cmath>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
@@ -8,6 +10,7 @@
 #include "cuda_emu_cluster.h"
 
 namespace {
+int64_t workspace_bytes = 0;
 std::string message;  // NOLINT: what emu_message() points to must outlive the call
 
 template <class F>
@@ -146,6 +149,23 @@ int emu_pointwise_conv2d(const sparsecnn::PointwiseConv2dParams* params) {
 }
 
 size_t emu_sizeof_pointwise_params() { return sizeof(sparsecnn::PointwiseConv2dParams); }
+
+// Bytes of device memory the last chain asked for, and the chain itself.
+int64_t emu_workspace_bytes() { return workspace_bytes; }
+
+int emu_chain_conv2d(const sparsecnn::ChainConv2dParams* params) {
+  std::vector<float> memory;
+  workspace_bytes = 0;
+  const auto source = [](void* context, int64_t bytes) -> void* {
+    workspace_bytes = bytes;
+    auto* floats = static_cast<std::vector<float>*>(context);
+    floats->assign(static_cast<size_t>(bytes) / sizeof(float), NAN);
+    return floats->data();
+  };
+  return guarded([&] { return sparsecnn::cuda::chain_conv2d(*params, source, &memory, nullptr); });
+}
+
+size_t emu_sizeof_chain_params() { return sizeof(sparsecnn::ChainConv2dParams); }
 
 const char* emu_error_string(int error) { return sparsecnn::cuda::error_string(error); }
 

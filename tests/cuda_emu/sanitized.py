@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tests.cases import build
-from tests.cuda_emu import cases
+from tests.chains import build_chain
+from tests.cuda_emu import cases, chain
 from tests.cuda_emu.emulator import Emulator
 from tests.ops import two_four
 from tests.ops.pattern import CUTS, pack
@@ -62,6 +63,13 @@ def main() -> None:
         emu.set_device(1 if number % 2 else 1000)
         p = make(case.but(dtype=torch.float16), 2)
         p.check(emu.winograd(p), cuda=True)
+        count += 1
+    for index, chained in enumerate(chain.cases()):
+        dtype = (torch.float32, torch.float16, torch.bfloat16)[index % 3]
+        emu.set_device(smem_bytes=12 * 1024 if index % 4 == 0 else 227 * 1024)
+        layout = ("contiguous", "channels_last")[index // 3 % 2]
+        chain_problem = build_chain(chained.but(layout=layout, dtype=dtype, integers=False))
+        chain_problem.check(chain.run(emu, chain_problem))
         count += 1
     print(f"{count} cases passed")
 

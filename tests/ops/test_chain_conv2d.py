@@ -15,9 +15,10 @@ from tests.conftest import ISAS, active_isa
 from tests.ops.chain import check, op_args, run_function, run_op, stain_scratch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def variants(case: ChainCase) -> list[ChainCase]:
+def variants(case: ChainCase, device: str) -> list[ChainCase]:
     """A case with real and integer data, in both memory formats and in every dtype."""
     layouts = (case.layout,)
     if case.layout == "contiguous":
@@ -25,15 +26,18 @@ def variants(case: ChainCase) -> list[ChainCase]:
     found = []
     for layout in layouts:
         found.append(case.but(layout=layout))
-        found += [case.but(layout=layout, dtype=t, integers=True) for t in DTYPES]
+        dtypes = DTYPES if device == "cpu" else CUDA_DTYPES
+        found += [case.but(layout=layout, dtype=t, integers=True) for t in dtypes]
+        if device == "cuda":  # of its integers some would be infinite
+            found.append(case.but(layout=layout, dtype=torch.float16))
     found.append(case.but(dtype=torch.bfloat16, layout=layouts[-1]))
     return found
 
 
 @pytest.mark.parametrize("case", chains.all_chains(), ids=lambda case: case.id)
-def test_result(case: ChainCase, isa: str) -> None:
-    for variant in variants(case):
-        check(build_chain(variant))
+def test_result(case: ChainCase, backend: str) -> None:
+    for variant in variants(case, backend):
+        check(build_chain(variant).to(backend))
 
 
 def test_most_integer_cases_are_exact() -> None:
@@ -51,43 +55,44 @@ def test_function_calls_the_operator() -> None:
 
 
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "transposed", "sliced"])
-def test_residual_may_lie_differently(residual_layout: str, isa: str) -> None:
+def test_residual_may_lie_differently(residual_layout: str, backend: str) -> None:
     for layout in ("contiguous", "channels_last"):
-        problem = build_chain(ChainCase(inverted(20, 5), residual=True, layout=layout))
+        case = ChainCase(inverted(20, 5), residual=True, layout=layout)
+        problem = build_chain(case).to(backend)
         assert problem.residual is not None
         moved = lay_out(problem.residual.contiguous(), residual_layout)
         check(dataclasses.replace(problem, residual=moved))
 
 
-def test_views_of_weights_and_biases(isa: str) -> None:
+def test_views_of_weights_and_biases(backend: str) -> None:
     def view(t: Tensor) -> Tensor:
-        big = torch.full((2 * t.numel(),), 77.0, dtype=t.dtype)
+        big = torch.full((2 * t.numel(),), 77.0, dtype=t.dtype, device=t.device)
         big[::2] = t
         return big[::2]
 
-    problem = build_chain(ChainCase(inverted(20, 5)))
+    problem = build_chain(ChainCase(inverted(20, 5))).to(backend)
     biases = [None if b is None else view(b) for b in problem.biases]
     check(dataclasses.replace(problem, biases=biases))
 
 
-def test_nan_is_not_hidden(isa: str) -> None:
+def test_nan_is_not_hidden(backend: str) -> None:
     """A NaN pixel reaches exactly the outputs whose windows hold it, through every activation."""
     for activation in reference.ACTIVATIONS:
         stages = (
             Stage(18, activation=activation), Stage(None, (3, 3), activation=activation),
             Stage(17, activation=activation),
         )  # fmt: skip
-        problem = build_chain(ChainCase(stages, n=1, c=4, h=9, w=9))
+        problem = build_chain(ChainCase(stages, n=1, c=4, h=9, w=9)).to(backend)
         problem.x[0, 1, 4, 5] = float("nan")
         y = run_op(problem)
         hit = torch.zeros(9, 9, dtype=torch.bool)
         hit[3:6, 4:7] = True
-        assert torch.equal(y.isnan(), hit.expand_as(y)), activation
+        assert torch.equal(y.isnan().cpu(), hit.expand_as(y)), activation
 
 
-def test_large_sums_do_not_overflow_silu(isa: str) -> None:
+def test_large_sums_do_not_overflow_silu(backend: str) -> None:
     case = ChainCase((Stage(18, activation="silu"), Stage(5, (3, 3), activation="silu")))
-    problem = build_chain(case)
+    problem = build_chain(case).to(backend)
     big = dataclasses.replace(problem, x=problem.x * 300)
     big.check(run_op(big))
 
@@ -187,6 +192,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "fuzz_seed", range(first, first + metafunc.config.getoption("--fuzz-cases"))
         )
+
+
+def test_random_chains_on_cuda(cuda: str) -> None:
+    """What no hand-picked chain has, in the types of CUDA."""
+    for seed in range(20_000, 20_100):
+        case = chains.draw_chain(seed)
+        dtype = torch.float16 if case.dtype == torch.float64 else case.dtype
+        integers = case.integers and dtype != torch.float16
+        check(build_chain(case.but(dtype=dtype, integers=integers)).to(cuda))
 
 
 def test_fuzz(fuzz_seed: int) -> None:

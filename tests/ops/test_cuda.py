@@ -69,6 +69,20 @@ OPS: dict[str, tuple[ConvCase, Callable[[Problem], Tensor]]] = {
 LAYOUTS = ("contiguous", "channels_last")
 
 
+def _as_chain(problem: Problem) -> Tensor:
+    """A dense 3x3 stage, a depthwise one and a pointwise one with the residual."""
+    w, eye = problem.weight, torch.eye(8, device=problem.x.device, dtype=problem.x.dtype)
+    weights = [w, w[:, :1].contiguous(), eye.view(8, 8, 1, 1)]
+    y: Tensor = torch.ops.sparsecnn.chain_conv2d.default(
+        problem.x, weights, [], problem.residual, [0, 0, 0], [1] * 6, [1] * 8 + [0] * 4, [1] * 6,
+        [1, 8, 1], "none,relu,relu",
+    )  # fmt: skip
+    return y
+
+
+OPS["chain_conv2d"] = (CASE.but(pattern="full"), _as_chain)
+
+
 def on(device: str, name: str, layout: str) -> tuple[Problem, Callable[[Problem], Tensor]]:
     """A problem of an op with every tensor on a device, and the call."""
     case, call = OPS[name]
