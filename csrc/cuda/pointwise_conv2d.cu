@@ -10,13 +10,15 @@
 // deep by asynchronous copies of 16, 8 or 4 bytes, whatever the shapes and addresses allow, or by
 // plain loads. In half precision a warp owns 32 x 32 (16 x 16) of it, by tensor cores with float
 // sums: outputs are the rows of the product in channels last, the filters in NCHW, so that each
-// operand is read as it lies in memory. In float a thread owns 8 x 4 (4 x 2), by fused
-// multiply-adds in order of the channels: no TF32. Results leave through shared memory, side by
-// side as in y.
+// operand is read as it lies in memory. Float with TF32 allowed goes the same way, rounded on its
+// way from shared memory to the tensor cores. In strict float a thread owns 8 x 4 (4 x 2), by fused
+// multiply-adds in order of the channels. Results leave through shared memory, side by side as in
+// y.
 //
 // Shared memory: rows are 64 bytes and 16 of padding, so that eight rows cover all banks once: no
 // conflicts in ldmatrix or in the vectors along c of the float kernel. There a thread reads
-// (8 + 4) * 16 bytes for 128 multiply-adds, which is the rate an SM has (derived).
+// (8 + 4) * 16 bytes for 128 multiply-adds, which is the rate an SM has (derived). Rows of outputs
+// (NCHW) are followed by 8 elements: with four bytes each, 4 rows x 8 outputs cover all banks once.
 //
 // Bound (derived): device memory, x and y once and W once in L2, up to C * K / (C + K) operations
 // of each two bytes; below about 128 channels and filters that is far from either peak. A map with
@@ -52,7 +54,7 @@ template <typename T, bool kNhwc, int kPixels, int kFilters>
 struct Tiles {
   static constexpr int kDepth = kStepBytes / static_cast<int>(sizeof(T));
   static constexpr int kRowPitch = kDepth + kVector<T>;
-  static constexpr int kXPitch = kNhwc ? kRowPitch : kPixels + kVector<T>;
+  static constexpr int kXPitch = kNhwc ? kRowPitch : kPixels + 8;
   static constexpr int kX = (kNhwc ? kPixels : kDepth) * kXPitch;
   static constexpr int kStage = kX + kFilters * kRowPitch;
   static constexpr int kOutPitch = kFilters + 1;
@@ -88,7 +90,27 @@ __device__ __forceinline__ int64_t input_at(const ConvShape& s, const Plan& plan
   return n * plan.x.n + p * plan.x.h + q * plan.x.w;
 }
 
-template <typename T, bool kNhwc, int kPixels, int kFilters, int kWarps>
+// The tensor cores' product of one step of 32 bytes along c.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    mma_tf32_16x8x8(sum, a, b);
+  } else {
+    mma_16x8x16<T>(sum, a, b);
+  }
+}
+
+// What ldmatrix brought, as the tensor cores take it: floats become TF32.
+template <typename T>
+__device__ __forceinline__ void round_fragment(uint32_t (&part)[4]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (uint32_t& v : part) v = to_tf32(__uint_as_float(v));
+  }
+}
+
+template <typename T, bool kNhwc, bool kTensor, int kPixels, int kFilters, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     pointwise_conv2d_tiled(const PointwiseConv2dParams prm, const Plan plan) {
   using Tile = Tiles<T, kNhwc, kPixels, kFilters>;
@@ -179,7 +201,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       __syncthreads();  // the results go where the tiles were
     };
 
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (!kTensor) {
       constexpr int kAcross = 16, kDown = kThreads / kAcross;
       constexpr int kOwnFilters = kFilters / kAcross, kOwnPixels = kPixels / kDown;
       const int across = tid % kAcross, down = tid / kAcross;
@@ -237,17 +259,25 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
         const T* const rows =
             kNhwc ? x_tile + pixel_of * Tile::kXPitch : w_tile + filter_of * Tile::kRowPitch;
 #pragma unroll
-        for (int c = 0; c < kDepth; c += 16) {
+        for (int c = 0; c < kDepth; c += 2 * kV) {
           uint32_t a[kRows][4];
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            ldmatrix_x4(a[i], rows + (i * 16 + lane % 16) * Tile::kRowPitch + c + lane / 16 * 8);
+          for (int i = 0; i < kRows; ++i) {
+            ldmatrix_x4(a[i], rows + (i * 16 + lane % 16) * Tile::kRowPitch + c + lane / 16 * kV);
+            round_fragment<T>(a[i]);
+          }
 #pragma unroll
           for (int j = 0; j < kColumns; j += 2) {
             uint32_t b[4];
             if (kNhwc) {
               const int filter = filter_of + j * 8 + lane % 8 + lane / 16 * 8;
-              ldmatrix_x4(b, w_tile + filter * Tile::kRowPitch + c + lane / 8 % 2 * 8);
+              ldmatrix_x4(b, w_tile + filter * Tile::kRowPitch + c + lane / 8 % 2 * kV);
+              round_fragment<T>(b);
+            } else if constexpr (sizeof(T) == sizeof(float)) {  // ldmatrix transposes 16 bits only
+#pragma unroll
+              for (int v = 0; v < 4; ++v)
+                b[v] = to_tf32(x_tile[(c + lane % 4 + v % 2 * 4) * Tile::kXPitch + pixel_of +
+                                      j * 8 + lane / 4 + v / 2 * 8]);
             } else {
               ldmatrix_x4_trans(
                   b, x_tile + (c + lane % 16) * Tile::kXPitch + pixel_of + j * 8 + lane / 16 * 8);
@@ -255,8 +285,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
             const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-              mma_16x8x16<T>(sum[i][j], a[i], left);
-              mma_16x8x16<T>(sum[i][j + 1], a[i], right);
+              multiply_add<T>(sum[i][j], a[i], left);
+              multiply_add<T>(sum[i][j + 1], a[i], right);
             }
           }
         }
@@ -302,16 +332,17 @@ int copy_width(const void* base, int64_t run, int64_t pitch) {
   return 1;
 }
 
-template <typename T, bool kNhwc, int kPixels, int kFilters, int kWarps>
+template <typename T, bool kNhwc, bool kTensor, int kPixels, int kFilters, int kWarps>
 cudaError_t launch_tiled(const PointwiseConv2dParams& params, Plan plan, cudaStream_t stream) {
   plan.pixel_tiles = ceil_div(plan.pixels, kPixels);
   plan.work = plan.pixel_tiles * ceil_div(params.shape.k, kFilters);
-  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kNhwc, kPixels, kFilters, kWarps>), grid_size(plan.work),
-              kWarps * 32, (Tiles<T, kNhwc, kPixels, kFilters>::kBytes), stream, params, plan);
+  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kNhwc, kTensor, kPixels, kFilters, kWarps>),
+              grid_size(plan.work), kWarps * 32, (Tiles<T, kNhwc, kPixels, kFilters>::kBytes),
+              stream, params, plan);
   return cudaGetLastError();
 }
 
-template <typename T, bool kNhwc>
+template <typename T, bool kNhwc, bool kTensor>
 cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
   DeviceLimits limits{};
@@ -332,10 +363,16 @@ cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stre
       params.weight_stride[1] == 1 ? copy_width<T>(params.weight, s.c, params.weight_stride[0]) : 1;
   const int64_t large = ceil_div(plan.pixels, kLarge.pixels) * ceil_div(s.k, kLarge.filters);
   return large >= limits.sm_count && s.k > kSmall.filters
-             ? launch_tiled<T, kNhwc, kLarge.pixels, kLarge.filters, kLarge.warps>(params, plan,
-                                                                                   stream)
-             : launch_tiled<T, kNhwc, kSmall.pixels, kSmall.filters, kSmall.warps>(params, plan,
-                                                                                   stream);
+             ? launch_tiled<T, kNhwc, kTensor, kLarge.pixels, kLarge.filters, kLarge.warps>(
+                   params, plan, stream)
+             : launch_tiled<T, kNhwc, kTensor, kSmall.pixels, kSmall.filters, kSmall.warps>(
+                   params, plan, stream);
+}
+
+template <typename T, bool kTensor>
+cudaError_t launch(const PointwiseConv2dParams& params, cudaStream_t stream) {
+  return params.layout == Layout::kNHWC ? launch_layout<T, true, kTensor>(params, stream)
+                                        : launch_layout<T, false, kTensor>(params, stream);
 }
 
 }  // namespace
@@ -348,8 +385,10 @@ int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   return with_storage(params.dtype, [&](auto storage) {
     using T = typename decltype(storage)::type;
-    return params.layout == Layout::kNHWC ? launch_layout<T, true>(params, on)
-                                          : launch_layout<T, false>(params, on);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (!params.allow_tf32) return launch<T, false>(params, on);
+    }
+    return launch<T, true>(params, on);
   });
 }
 

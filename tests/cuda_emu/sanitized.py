@@ -32,6 +32,10 @@ def main() -> None:
             problem = build(case.but(layout=layout, dtype=dtype))
             problem.check(run(problem))
             count += 1
+    for index, case in enumerate(cases.POINTWISE):
+        problem = build(case.but(layout=("contiguous", "channels_last")[index % 2]))
+        problem.check(emu.pointwise(problem, tf32=True))
+        count += 1
     print(f"{count} cases passed")
 
 
