@@ -32,10 +32,15 @@ class OnCuda:
         self.dtype = dtype
 
 
+def on_cuda(dtype: torch.dtype) -> bool:
+    """`may_use_tf32` of a weight there."""
+    return may_use_tf32(OnCuda(dtype))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers on the CPU are built as those on CUDA would be."""
-    monkeypatch.setattr(survey, "may_use_tf32", lambda w: may_use_tf32(OnCuda(w.dtype)))  # type: ignore[arg-type]
+    monkeypatch.setattr(survey, "may_use_tf32", lambda weight: on_cuda(weight.dtype))
 
 
 def rounded(t: Tensor) -> Tensor:
@@ -55,13 +60,13 @@ class Rounding(PointwiseConv2d):
 
 def test_where_the_user_allows_it() -> None:
     backends: Any = torch.backends
-    assert may_use_tf32(OnCuda(torch.float32))  # type: ignore[arg-type]
-    assert not may_use_tf32(OnCuda(torch.float16))  # type: ignore[arg-type]
+    assert on_cuda(torch.float32)
+    assert not on_cuda(torch.float16)
     assert not may_use_tf32(torch.zeros(1))
     before = backends.cudnn.conv.fp32_precision
     try:
         backends.cudnn.conv.fp32_precision = "ieee"
-        assert not may_use_tf32(OnCuda(torch.float32))  # type: ignore[arg-type]
+        assert not on_cuda(torch.float32)
     finally:
         backends.cudnn.conv.fp32_precision = before
 

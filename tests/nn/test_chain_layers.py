@@ -201,7 +201,9 @@ REFUSALS: list[tuple[Make, type[Exception], str]] = [
         TypeError, "allow_tf32 a bool, got None",
     ),
     (
-        lambda: PointwiseConv2d.from_dense(conv(4, 4, 1), allow_tf32="yes"),  # type: ignore[arg-type]
+        lambda: PointwiseConv2d.from_dense(
+            conv(4, 4, 1), allow_tf32="yes"  # type: ignore[arg-type]
+        ),
         TypeError, "PointwiseConv2d: expected allow_tf32 a bool, got 'yes'",
     ),
 ]  # fmt: skip
