@@ -16,6 +16,10 @@ The steps, each undone where it does not hold:
    with the layers chosen for the whole batch and with those chosen for one image.
 8. The outputs on the example must agree with the original's within `OUTPUT_BOUND`.
 
+On CUDA, where `torch.backends.cudnn.conv.fp32_precision` is "tf32" (the default), float32 kernels
+that can use TF32 are built to do so, and keep it: the dense layers beside them do the same. Results
+are compared with those in full float32, within what TF32 rounds.
+
 The recording is of one example: like `torch.export`, this assumes that the control flow of the
 model does not depend on its data.
 """

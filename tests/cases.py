@@ -155,7 +155,7 @@ class Problem:
             residual=self.residual,
         )
 
-    def bound(self, expected: Tensor) -> Tensor:
+    def bound(self, expected: Tensor, tf32: bool = False) -> Tensor:
         """Allowed error of each output, see `tests/tolerance.py`."""
         case = self.case
         magnitude = reference.conv2d_magnitude(
@@ -170,9 +170,11 @@ class Problem:
         )
         row_nnz = self.row_ptr.cpu().diff()
         terms = int(row_nnz.max()) + int(case.bias) + int(case.residual)
-        return tolerance.conv_bound(magnitude, expected, terms, case.dtype, case.activation)
+        return tolerance.conv_bound(
+            magnitude, expected, terms, case.dtype, case.activation, tf32=tf32
+        )
 
-    def check(self, y: Tensor) -> None:
+    def check(self, y: Tensor, tf32: bool = False) -> None:
         """Fail unless `y` is the right result: exact for integers, else within the bound."""
         expected = self.expected()
         exact_activation = self.case.activation in ("none", "relu", "relu6")
@@ -189,7 +191,7 @@ class Problem:
                 )
                 raise AssertionError(f"{self.case.id}: differs from the exact result")
             return
-        tolerance.assert_within(y, expected, self.bound(expected), self.case.id)
+        tolerance.assert_within(y, expected, self.bound(expected, tf32), self.case.id)
 
 
 def _generator(case: ConvCase) -> torch.Generator:

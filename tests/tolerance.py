@@ -30,8 +30,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Half the distance from 1 to the next TF32 number: its mantissa has 10 bits.
+TF32_ROUNDOFF = 2.0**-11
+
+
 def conv_bound(
-    magnitude: Tensor, reference: Tensor, terms: int, dtype: torch.dtype, activation: str = "none"
+    magnitude: Tensor,
+    reference: Tensor,
+    terms: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+    *,
+    tf32: bool = False,
 ) -> Tensor:
     """Largest allowed |result - reference|, elementwise.
 
@@ -41,11 +51,17 @@ def conv_bound(
         terms: L, the largest number of products and addends in one output.
         dtype: of the data and the result; sums are float32 (float64 for float64).
         activation: fused activation.
+        tf32: float32 factors are rounded to TF32 first, and tensor cores, which may drop bits
+            where they would be rounded, form the sums.
 
     Returns:
         float64 tensor like `reference`. Zero where every term is zero.
     """
     u = unit_roundoff(accumulator(dtype))
+    if tf32 and dtype == torch.float32:
+        u_factor = 2 * TF32_ROUNDOFF + TF32_ROUNDOFF**2  # of a product of two
+        once = conv_bound(magnitude, reference, 2 * terms, dtype, activation)
+        return once * (1 + u_factor) + _LIPSCHITZ[activation] * u_factor * magnitude
     # The reference itself is a float64 sum: its own error is counted for float64 results.
     length = 2 * terms if dtype == torch.float64 else terms
     bound = _LIPSCHITZ[activation] * length * u / (1 - length * u) * magnitude

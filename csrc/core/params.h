@@ -79,6 +79,7 @@ struct CsrConv2dGradValuesParams {
 struct PointwiseConv2dParams : ConvParams {
   const void* weight;        // (K, C)
   int64_t weight_stride[2];  // elements, in that order
+  bool allow_tf32;           // CUDA may round float32 factors to TF32; the sums stay float32
 };
 
 // One stage of a chain: activation(conv(., W) + bias), W dense (groups = 1) or depthwise

@@ -8,6 +8,10 @@
 //                            a[2]: row g,   k 2t+8, 2t+9   a[3]: row g+8
 //   B (16 x 8)               b[0]: k 2t, 2t+1, column g    b[1]: k 2t+8, 2t+9 (b[2], b[3]: 16, 24)
 //   D (16 x 8, float)        d[0], d[1]: row g, columns 2t, 2t+1      d[2], d[3]: row g+8
+// Of TF32 a register holds one element, and k goes up to 8:
+//   A (16 x 8)   a[0]: row g, k t    a[1]: row g+8, k t    a[2]: row g, k t+4    a[3]: row g+8
+//   B (8 x 8)    b[0]: k t, column g    b[1]: k t+4, column g
+// which is what ldmatrix, not transposed, makes of rows of four floats.
 // ldmatrix_x4 of row-major A: lane l gives row (l & 15), k 8 * (l / 16). ldmatrix_x4 of B kept as
 // [column][k]: lane l gives column (l & 7) + 8 * (l / 16), k 8 * (l / 8 % 2), for two B of 8
 // columns; of B kept as [k][column]: _trans with k (l & 15), column 8 * (l / 16).
@@ -38,6 +42,23 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
                                                            const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Rounds to the 10 bits of a TF32 mantissa, ties away from zero, and gives the bits. The product
+// takes any float and drops the bits behind, which rounds towards zero: a bias.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+// D += A * B in TF32 with float sums.
+__device__ __forceinline__ void mma_tf32_16x8x8(float (&d)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -9,30 +9,23 @@
 // the channels in steps of 64 bytes, staged in shared memory three steps deep: by asynchronous
 // copies of 16, 8 or 4 bytes, as shapes and addresses allow, or by plain loads. In half precision a
 // warp owns 32 x 32 (16 x 16) of it, by tensor cores with float sums: outputs are the rows of the
-// product in channels last, the filters in NCHW, so that each operand is read as it lies in memory.
-// In float a thread owns 8 x 4 (4 x 2), by fused multiply-adds in order of the channels: no TF32.
-// Results leave through shared memory, side by side as in y.
-//
-// Shared memory: rows are 64 bytes and 16 of padding, so that eight rows cover all banks once: no
-// conflicts in ldmatrix or in the vectors along c of the float kernel. There a thread reads
-// (8 + 4) * 16 bytes for 128 multiply-adds, which is the rate an SM has (derived).
+// product in channels last, the filters in NCHW, so that each operand is staged as it lies in
+// memory. Float with TF32 allowed goes the same way, rounded between shared memory and the tensor
+// cores. In strict float a thread owns 8 x 4 (4 x 2), by fused multiply-adds in order of the
+// channels; it reads (8 + 4) * 16 bytes of shared memory for 128 of them, which is the rate an SM
+// has (derived). Results leave through shared memory, side by side as in y.
 //
 // Bound (derived): device memory, x and y once and W once in L2, up to C * K / (C + K) operations
 // of each two bytes; below about 128 channels and filters that is far from either peak. A map with
 // few outputs and filters and many channels (2048 > 512 @7) gives 32 blocks, each walking all
 // channels: they are not split. GPU timings have not been taken.
 #include "cuda/entry.h"
-#include "cuda/mma.cuh"
+#include "cuda/pointwise_conv2d_tile.cuh"
 
 namespace sparsecnn::cuda {
 namespace {
 
-constexpr int kStages = 3;
-constexpr int kStepBytes = 64;
-
-// Elements of 16 bytes.
-template <typename T>
-inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+using namespace pointwise;  // NOLINT: its parts
 
 struct TileShape {
   int pixels, filters, warps;
@@ -46,47 +39,6 @@ struct Plan {
   int x_width, w_width;  // elements side by side that may be copied at once
 };
 
-// Shapes of the staged tiles, each as it lies in memory: x as [pixel][c] (channels last) or
-// [c][pixel], W as [filter][c] or, filters innermost, as [c][filter].
-template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters>
-struct Tiles {
-  static constexpr int kDepth = kStepBytes / static_cast<int>(sizeof(T));
-  static constexpr int kRowPitch = kDepth + kVector<T>;
-  static constexpr int kXPitch = kNhwc ? kRowPitch : kPixels + kVector<T>;
-  static constexpr int kX = (kNhwc ? kPixels : kDepth) * kXPitch;
-  static constexpr int kWPitch = kInnermost ? kFilters + kVector<T> : kRowPitch;
-  static constexpr int kStage = kX + (kInnermost ? kDepth : kFilters) * kWPitch;
-  static constexpr int kOutPitch = kFilters + 1;
-  static constexpr int kBytes = kStages * kStage * static_cast<int>(sizeof(T));
-  static constexpr int kOutBytes = kPixels * kOutPitch * static_cast<int>(sizeof(float));
-  static_assert(kOutBytes <= kBytes && kBytes <= kDefaultSmemBytes);
-};
-
-// Sixteen bytes of elements `step` apart, of which the first `count` exist; the rest become zero.
-// Several at once need step 1, and a count that is a multiple of width.
-template <typename T>
-__device__ __forceinline__ void stage_vector(T* to, const T* from, int width, int64_t step,
-                                             int64_t count) {
-  constexpr int kV = kVector<T>, kSize = static_cast<int>(sizeof(T));
-  if (width == kV) {
-    copy_async<16>(to, from, count > 0);
-  } else if (width == kV / 2) {
-#pragma unroll
-    for (int i = 0; i < kV; i += kV / 2) copy_async<8>(to + i, from + i, i < count);
-  } else if (width * kSize == 4) {
-#pragma unroll
-    for (int i = 0; i < kV; i += 4 / kSize) copy_async<4>(to + i, from + i * step, i < count);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kV; ++i) to[i] = i < count ? from[i * step] : from_float<T>(0.f);
-  }
-}
-
-template <int kCount>
-struct alignas(kCount * sizeof(float)) Floats {
-  float v[kCount];
-};
-
 // Where an output's first input channel lies in x; `pixel` counts through all images.
 __device__ __forceinline__ int64_t input_at(const ConvShape& s, const Plan& plan, int64_t pixel) {
   int64_t rest, q;
@@ -94,7 +46,8 @@ __device__ __forceinline__ int64_t input_at(const ConvShape& s, const Plan& plan
   return n * plan.x.n + p * plan.x.h + q * plan.x.w;
 }
 
-template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters, int kWarps>
+template <typename T, bool kTensor, bool kNhwc, bool kInnermost, int kPixels, int kFilters,
+          int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     pointwise_conv2d_tiled(const PointwiseConv2dParams prm, const Plan plan) {
   using Tile = Tiles<T, kNhwc, kInnermost, kPixels, kFilters>;
@@ -187,7 +140,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       __syncthreads();  // the results go where the tiles were
     };
 
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (!kTensor) {
       constexpr int kAcross = 16, kDown = kThreads / kAcross;
       constexpr int kOwnFilters = kFilters / kAcross, kOwnPixels = kPixels / kDown;
       const int across = tid % kAcross, down = tid / kAcross;
@@ -256,38 +209,29 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       walk([&](const T* x_tile, const T* w_tile) {
 
 #pragma unroll
-        for (int c = 0; c < kDepth; c += 16) {
+        for (int c = 0; c < kDepth; c += kStep<T>) {
           uint32_t a[kRows][4];
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
-            const int row = i * 16 + lane % 16, depth = c + lane / 16 * 8;
             if constexpr (kNhwc) {
-              ldmatrix_x4(a[i], x_tile + (pixel_of + row) * Tile::kXPitch + depth);
-            } else if constexpr (kInnermost) {  // the quarters of [c][filter]: down, then across
-              ldmatrix_x4_trans(a[i], w_tile + (depth + lane % 8) * Tile::kWPitch + filter_of +
-                                          i * 16 + lane / 8 % 2 * 8);
+              load_a<T, false>(a[i], x_tile, Tile::kXPitch, pixel_of + i * 16, c, lane);
             } else {
-              ldmatrix_x4(a[i], w_tile + (filter_of + row) * Tile::kWPitch + depth);
+              load_a<T, kInnermost>(a[i], w_tile, Tile::kWPitch, filter_of + i * 16, c, lane);
             }
           }
 #pragma unroll
           for (int j = 0; j < kColumns; j += 2) {
             uint32_t b[4];
-            if constexpr (kNhwc && kInnermost) {
-              ldmatrix_x4_trans(
-                  b, w_tile + (c + lane % 16) * Tile::kWPitch + filter_of + j * 8 + lane / 16 * 8);
-            } else if constexpr (kNhwc) {
-              const int filter = filter_of + j * 8 + lane % 8 + lane / 16 * 8;
-              ldmatrix_x4(b, w_tile + filter * Tile::kWPitch + c + lane / 8 % 2 * 8);
+            if constexpr (kNhwc) {
+              load_b<T, kInnermost>(b, w_tile, Tile::kWPitch, filter_of + j * 8, c, lane);
             } else {
-              ldmatrix_x4_trans(
-                  b, x_tile + (c + lane % 16) * Tile::kXPitch + pixel_of + j * 8 + lane / 16 * 8);
+              load_b<T, true>(b, x_tile, Tile::kXPitch, pixel_of + j * 8, c, lane);
             }
             const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-              mma_16x8x16<T>(sum[i][j], a[i], left);
-              mma_16x8x16<T>(sum[i][j + 1], a[i], right);
+              multiply_add<T>(sum[i][j], a[i], left);
+              multiply_add<T>(sum[i][j + 1], a[i], right);
             }
           }
         }
@@ -321,29 +265,18 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   }
 }
 
-// Elements that may be copied at once where `run` of them lie side by side and every run starts at
-// a multiple of `pitch` elements from `base`.
-template <typename T>
-int copy_width(const void* base, int64_t run, int64_t pitch) {
-  for (int width = kVector<T>; width * sizeof(T) >= 4; width /= 2) {
-    const auto bytes = static_cast<uintptr_t>(width) * sizeof(T);
-    if (reinterpret_cast<uintptr_t>(base) % bytes == 0 && run % width == 0 && pitch % width == 0)
-      return width;
-  }
-  return 1;
-}
-
-template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters, int kWarps>
+template <typename T, bool kTensor, bool kNhwc, bool kInnermost, int kPixels, int kFilters,
+          int kWarps>
 cudaError_t launch_tiled(const PointwiseConv2dParams& params, Plan plan, cudaStream_t stream) {
   plan.pixel_tiles = ceil_div(plan.pixels, kPixels);
   plan.work = plan.pixel_tiles * ceil_div(params.shape.k, kFilters);
-  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kNhwc, kInnermost, kPixels, kFilters, kWarps>),
+  CUDA_LAUNCH((pointwise_conv2d_tiled<T, kTensor, kNhwc, kInnermost, kPixels, kFilters, kWarps>),
               grid_size(plan.work), kWarps * 32,
               (Tiles<T, kNhwc, kInnermost, kPixels, kFilters>::kBytes), stream, params, plan);
   return cudaGetLastError();
 }
 
-template <typename T, bool kNhwc, bool kInnermost>
+template <typename T, bool kTensor, bool kNhwc, bool kInnermost>
 cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
   DeviceLimits limits{};
@@ -367,20 +300,20 @@ cudaError_t launch_layout(const PointwiseConv2dParams& params, cudaStream_t stre
   constexpr TileShape L = kLarge, S = kSmall;
   const int64_t large = ceil_div(plan.pixels, L.pixels) * ceil_div(s.k, L.filters);
   return large >= limits.sm_count && s.k > S.filters
-             ? launch_tiled<T, kNhwc, kInnermost, L.pixels, L.filters, L.warps>(params, plan,
-                                                                                stream)
-             : launch_tiled<T, kNhwc, kInnermost, S.pixels, S.filters, S.warps>(params, plan,
-                                                                                stream);
+             ? launch_tiled<T, kTensor, kNhwc, kInnermost, L.pixels, L.filters, L.warps>(
+                   params, plan, stream)
+             : launch_tiled<T, kTensor, kNhwc, kInnermost, S.pixels, S.filters, S.warps>(
+                   params, plan, stream);
 }
 
-template <typename T>
+template <typename T, bool kTensor>
 cudaError_t launch(const PointwiseConv2dParams& params, cudaStream_t stream) {
   const bool innermost = params.weight_stride[0] == 1 && params.weight_stride[1] != 1;
   if (params.layout == Layout::kNHWC)
-    return innermost ? launch_layout<T, true, true>(params, stream)
-                     : launch_layout<T, true, false>(params, stream);
-  return innermost ? launch_layout<T, false, true>(params, stream)
-                   : launch_layout<T, false, false>(params, stream);
+    return innermost ? launch_layout<T, kTensor, true, true>(params, stream)
+                     : launch_layout<T, kTensor, true, false>(params, stream);
+  return innermost ? launch_layout<T, kTensor, false, true>(params, stream)
+                   : launch_layout<T, kTensor, false, false>(params, stream);
 }
 
 }  // namespace
@@ -392,7 +325,11 @@ int32_t pointwise_conv2d(const PointwiseConv2dParams& params, void* stream) {
     return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
   return with_storage(params.dtype, [&](auto storage) {
-    return launch<typename decltype(storage)::type>(params, on);
+    using T = typename decltype(storage)::type;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (!params.allow_tf32) return launch<T, false>(params, on);
+    }
+    return launch<T, true>(params, on);
   });
 }
 

@@ -14,7 +14,8 @@ struct Call {
 };
 
 Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-             const std::optional<Tensor>& residual, const Ints& stride, const Name& activation) {
+             const std::optional<Tensor>& residual, const Ints& stride, const Name& activation,
+             bool allow_tf32) {
   check_same(weight, x, kOp, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1, kOp,
                   ": expected weight of shape (K, C, 1, 1), got ", weight.dim(), " dimensions");
@@ -27,12 +28,14 @@ Call prepare(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
   call.params.weight = weight.const_data_ptr();
   call.params.weight_stride[0] = weight.strides()[0];
   call.params.weight_stride[1] = weight.strides()[1];
+  call.params.allow_tf32 = allow_tf32;
   return call;
 }
 
 Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                            std::optional<Tensor> residual, Ints stride, Name activation) {
-  const Call call = prepare(x, weight, bias, residual, stride, activation);
+                            std::optional<Tensor> residual, Ints stride, Name activation,
+                            bool allow_tf32) {
+  const Call call = prepare(x, weight, bias, residual, stride, activation, allow_tf32);
   const PointwiseConv2dParams& params = call.params;
   check_cpu_dtype(kOp, params.dtype);
   if (call.tensors.y.numel() == 0) return call.tensors.y;
@@ -55,9 +58,10 @@ Tensor pointwise_conv2d_cpu(const Tensor& x, const Tensor& weight, std::optional
 
 #ifdef SPARSECNN_CUDA
 Tensor pointwise_conv2d_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                             std::optional<Tensor> residual, Ints stride, Name activation) {
+                             std::optional<Tensor> residual, Ints stride, Name activation,
+                             bool allow_tf32) {
   const CudaGuard guard(x);
-  const Call call = prepare(x, weight, bias, residual, stride, activation);
+  const Call call = prepare(x, weight, bias, residual, stride, activation, allow_tf32);
   check_cuda_dtype(kOp, call.params.dtype);
   guard.check(cuda::pointwise_conv2d(call.params, guard.stream()), kOp);
   return call.tensors.y;
@@ -69,7 +73,7 @@ Tensor pointwise_conv2d_cuda(const Tensor& x, const Tensor& weight, std::optiona
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsecnn, m) {
   m.def(
       "pointwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
-      "str activation) -> Tensor");
+      "str activation, bool allow_tf32=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnn, CPU, m) {

@@ -15,7 +15,7 @@ from ..measure import LatencyStats, time_interleaved
 from .copy import MEMORY_FORMATS, duplicate
 from .fold import crop_input, rounding, term_magnitude
 from .kernels import CANDIDATES, OTHER_KIND, Layer, build_dense
-from .precision import strict_float
+from .precision import TF32_ERROR, rounds_to_tf32, strict_float
 
 # Time for all candidates of one layer, both layouts; at least 5 rounds run whatever it takes.
 LAYER_BUDGET_S = 1.5
@@ -281,7 +281,8 @@ def difference(layer: Layer, module: nn.Module, growth: float = 1.0) -> tuple[fl
 
     Returns:
         The largest absolute difference, and what is wrong with it: empty while every output is
-        within `rounding` of the magnitude of its terms for either side, ours times `growth`.
+        within `rounding` of the magnitude of its terms for either side, ours times `growth`, and
+        within `TF32_ERROR` of it where ours rounds to TF32.
     """
     m = layer.module
     shape = next(iter(layer.inputs))
@@ -301,8 +302,9 @@ def difference(layer: Layer, module: nn.Module, growth: float = 1.0) -> tuple[fl
     want, got = quiet(build_dense(layer, "contiguous"))(x), quiet(module)(x)
     if got.shape != want.shape or got.dtype != want.dtype:
         return math.inf, f"returned {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)}"
+    limit = (1 + growth) * limit + (TF32_ERROR if rounds_to_tf32(module) else 0.0)
     error = (got - want).abs().double()
     worst = float(error.max()) if error.numel() else 0.0
-    if bool((error <= (1 + growth) * limit * magnitude.double()).all()):
+    if bool((error <= limit * magnitude.double()).all()):
         return worst, ""
     return worst, f"differs by {worst:.3g} from the dense layer on random data"

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..nn import FusedConv2d
+from .precision import strict_float
 from .record import Call, Recording
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -246,6 +247,7 @@ def rounding(conv: nn.Conv2d) -> float:
 
 
 @torch.no_grad()
+@strict_float()
 def _disagreement(
     conv: nn.Conv2d, chain: list[nn.Module], result: Folded, calls: list[Call]
 ) -> str:

@@ -58,12 +58,14 @@ class Layer:
         activation: fused into it, "none" for nothing.
         inputs: recorded input shape -> number of calls with it per forward pass.
         density: share of nonzero weights.
+        allow_tf32: whether a float32 kernel may round to TF32, as the dense layer does.
     """
 
     module: Dense
     activation: str
     inputs: dict[tuple[int, ...], int]
     density: float
+    allow_tf32: bool = False
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ class Layer:
             isinstance(m, nn.Conv2d), tuple(weight.shape), geometry, m.bias is None,
             self.activation, weight.dtype, weight.device, tuple(self.inputs.items()),
             round(self.density, 2), round(float(rows.float().mean()), 1),
-            self.pattern,
+            self.pattern, self.allow_tf32,
         )  # fmt: skip
 
 
@@ -173,6 +175,13 @@ def _pointwise_applies(layer: Layer) -> str | None:
     return _refused(layer)
 
 
+def _pointwise_build(layer: Layer) -> nn.Module:
+    assert isinstance(layer.module, nn.Conv2d)
+    return PointwiseConv2d.from_dense(
+        layer.module, activation=layer.activation, allow_tf32=layer.allow_tf32
+    )
+
+
 def _winograd_applies(layer: Layer) -> str | None:
     m = layer.module
     if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (3, 3):
@@ -201,7 +210,7 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("csr", _csr_applies, _csr_build),
         Candidate("pattern", _pattern_applies, _conv_build(PatternConv2d)),
         Candidate("depthwise", _depthwise_applies, _conv_build(DepthwiseConv2d)),
-        Candidate("pointwise", _pointwise_applies, _conv_build(PointwiseConv2d)),
+        Candidate("pointwise", _pointwise_applies, _pointwise_build),
         Candidate("winograd2", _winograd_applies, _conv_build(WinogradConv2d, tile=2), 2.0),
         Candidate("winograd4", _winograd_applies, _conv_build(WinogradConv2d, tile=4), 8.0),
     )

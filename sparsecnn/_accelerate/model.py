@@ -27,7 +27,7 @@ from .copy import LAYOUTS, duplicate, relayout_, replace_by_name_
 from .fold import Folded
 from .layouts import Cut
 from .outputs import compare
-from .precision import strict_float
+from .precision import rounds_to_tf32, strict_float
 from .record import is_channels_last, tensors_in
 from .survey import Site, make_layer
 
@@ -116,10 +116,13 @@ class Variants:
         """Largest difference of the outputs, and why the variant must not be used (or "")."""
         try:
             with torch.no_grad():
-                outputs = list(tensors_in(self.build(plan)(*self.example)))
+                model = self.build(plan)
+                outputs = list(tensors_in(model(*self.example)))
         except Exception as error:
             return math.nan, f"the forward pass raised {type(error).__name__}: {error}"
-        return compare(self.reference, outputs) if self.stable else (math.nan, "")
+        if not self.stable:
+            return math.nan, ""
+        return compare(self.reference, outputs, rounds_to_tf32(model))
 
     def forward(self, plan: Plan) -> Callable[[], object]:
         """One run of a variant on the example."""

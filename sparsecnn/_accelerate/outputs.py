@@ -18,8 +18,12 @@ OUTPUT_BOUND = {
 }
 
 
-def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[float, str]:
+def compare(
+    reference: Sequence[Tensor], outputs: Sequence[Tensor], tf32: bool = False
+) -> tuple[float, str]:
     """Largest difference of two sequences of outputs and, if out of bound, what is wrong.
+
+    With `tf32`, float32 may have been rounded to the 10 bits that float16 has too.
 
     Integer outputs (class numbers, say) must agree in shape only: ranks of equal scores flip.
     """
@@ -29,7 +33,8 @@ def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[flo
     for old, new in zip(reference, outputs, strict=True):
         if old.shape != new.shape or old.dtype != new.dtype:
             return math.nan, f"output {tuple(new.shape)} instead of {tuple(old.shape)}"
-        bound = OUTPUT_BOUND.get(old.dtype)
+        short = tf32 and old.dtype == torch.float32
+        bound = OUTPUT_BOUND.get(torch.float16 if short else old.dtype)
         if bound is None or old.numel() == 0:
             continue
         a, b = old.detach().double(), new.detach().double()

@@ -7,6 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+# Largest relative error of a product of two factors rounded to TF32, each by 2^-11 at most, times
+# the largest slope of an activation, that of hardswish.
+TF32_ERROR = 2 * 2.0**-11 * 1.5
 
 
 @contextmanager
@@ -21,15 +26,36 @@ def _set(owner: Any, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def strict_float() -> Iterator[None]:
-    """No TF32: what a layer is compared with must not round to 10 bits where ours does to 23.
+    """No TF32 in the framework: what a layer is compared with must not round to 10 bits.
 
-    Also a decorator. Timing keeps the setting of the user.
+    Layers of ours keep the precision they were built for, timing keeps the setting of the user.
+    Also a decorator.
     """
     backends: Any = torch.backends
     with ExitStack() as stack:
         for owner in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
             stack.enter_context(_set(owner, "fp32_precision", "ieee"))
         yield
+
+
+def tf32_is_allowed() -> bool:
+    """Whether the user lets convolutions round to TF32, which is the default."""
+    backends: Any = torch.backends
+    allowed: bool = backends.cudnn.conv.fp32_precision == "tf32"
+    return allowed
+
+
+def may_use_tf32(weight: Tensor) -> bool:
+    """Whether a convolution with this weight may round to TF32, now and on its device."""
+    return weight.device.type == "cuda" and weight.dtype == torch.float32 and tf32_is_allowed()
+
+
+def rounds_to_tf32(model: nn.Module) -> bool:
+    """Whether a layer of ours in the model rounds to TF32, which `strict_float` does not reach."""
+    return any(
+        getattr(m, "is_sparsecnn_layer", False) and getattr(m, "allow_tf32", False)
+        for m in model.modules()
+    )
 
 
 @contextmanager
@@ -46,8 +72,7 @@ def describe(device: torch.device, images: int) -> list[str]:
     """For the report: under what settings the dense layers were measured. Empty on the CPU."""
     if device.type != "cuda":
         return []
-    backends: Any = torch.backends
-    tf32 = "allowed" if backends.cudnn.conv.fp32_precision == "tf32" else "off"
+    tf32 = "allowed" if tf32_is_allowed() else "off"
     return [
         f"chosen for a batch of {images} on {torch.cuda.get_device_name(device)}, cuDNN in "
         f"benchmark mode, TF32 {tf32}: run it with torch.backends.cudnn.benchmark = True, and "

@@ -16,6 +16,7 @@ from .choice import Choice, Settings, Winner, choose, time_layers
 from .copy import MEMORY_FORMATS
 from .fold import Folded, all_finite, fold
 from .kernels import Layer
+from .precision import may_use_tf32
 from .record import Call, Recording, record
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -143,6 +144,7 @@ def make_layer(site: Site) -> Layer:
         activation="none" if site.folded is None else site.folded.activation,
         inputs=dict(Counter(call.input_shape for call in site.calls)),
         density=density,
+        allow_tf32=isinstance(module, nn.Conv2d) and may_use_tf32(module.weight),
     )
 
 

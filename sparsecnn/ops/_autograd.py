@@ -26,8 +26,10 @@ def activation_slope(activation: str, y: Tensor | None, z: Tensor | None) -> Ten
     return ((y > 0) & (y < 6) if activation == "relu6" else y > 0).to(y.dtype)
 
 
-def register_fused(op: Any, arrays: int, grad_conv: Callable[..., Sequence[Tensor | None]]) -> None:
-    """Autograd of ``y = op(x, *arrays, bias, residual, *options, activation)``.
+def register_fused(
+    op: Any, arrays: int, grad_conv: Callable[..., Sequence[Tensor | None]], flags: int = 0
+) -> None:
+    """Autograd of ``y = op(x, *arrays, bias, residual, *options, activation, *flags)``.
 
     The input of the activation is not kept: where the slope needs it, it is computed again.
 
@@ -37,12 +39,15 @@ def register_fused(op: Any, arrays: int, grad_conv: Callable[..., Sequence[Tenso
         grad_conv: the gradients of x and the arrays, None where there is none, from
             ``(grad, x, *arrays, *options, need)``: the gradient of the convolution's output and
             whether x and each array want theirs, of which at least one does.
+        flags: number of arguments behind the activation, which change how the op computes only.
     """
     first = 1 + arrays  # of bias and residual
+    last = -1 - flags  # the activation
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, bias, residual = inputs[: first + 2]
-        ctx.options, ctx.activation = inputs[first + 2 : -1], inputs[-1]
+        ctx.options, ctx.activation = inputs[first + 2 : last], inputs[last]
+        ctx.flags = inputs[last + 1 :] if flags else ()
         if ctx.activation in BY_INPUT:
             ctx.save_for_backward(*tensors, bias, residual, None)
         else:
@@ -55,7 +60,7 @@ def register_fused(op: Any, arrays: int, grad_conv: Callable[..., Sequence[Tenso
         if ctx.activation != "none":
             z = None
             if ctx.activation in BY_INPUT:
-                z = op(*tensors, bias, residual, *ctx.options, "none")
+                z = op(*tensors, bias, residual, *ctx.options, "none", *ctx.flags)
             grad = grad * activation_slope(ctx.activation, y, z)
         need = ctx.needs_input_grad
         grads: Sequence[Tensor | None] = [None] * first
@@ -63,7 +68,7 @@ def register_fused(op: Any, arrays: int, grad_conv: Callable[..., Sequence[Tenso
             grads = grad_conv(grad, *tensors, *ctx.options, need[:first])
         grad_bias = grad.sum((0, 2, 3)) if need[first] else None
         grad_residual = grad if need[first + 1] else None
-        return *grads, grad_bias, grad_residual, *([None] * (len(ctx.options) + 1))
+        return *grads, grad_bias, grad_residual, *([None] * (len(ctx.options) + 1 + flags))
 
     torch.library.register_autograd(op, backward, setup_context=setup)
 

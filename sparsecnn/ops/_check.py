@@ -26,6 +26,12 @@ def pair(op: str, name: str, value: int | Sequence[int], low: int) -> list[int]:
     return pair
 
 
+def check_allow_tf32(op: str, value: object) -> None:
+    """Refuse what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: expected allow_tf32 a bool, got {value!r}")
+
+
 def resolve_padding(
     op: str,
     padding: int | Sequence[int] | str,

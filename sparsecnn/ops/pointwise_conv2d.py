@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import sparsecnn._library  # noqa: F401  (defines torch.ops.sparsecnn)
 from sparsecnn.ops._autograd import grad_dense, register_fused
-from sparsecnn.ops._check import check_conv, pair
+from sparsecnn.ops._check import check_allow_tf32, check_conv, pair
 from sparsecnn.ops._common import (
     autocast,
     autocast_is_on,
@@ -37,6 +37,7 @@ def pointwise_conv2d(
     stride: int | Sequence[int] = 1,
     activation: str = "none",
     residual: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """1x1 convolution without padding or groups, fused with bias, residual and activation.
 
@@ -52,6 +53,8 @@ def pointwise_conv2d(
         stride: one or two ints.
         activation: ``none``, ``relu``, ``relu6``, ``silu`` or ``hardswish``.
         residual: like the output, added before the activation.
+        allow_tf32: on CUDA, float32 may go through the tensor cores, which round x and the weight
+            to the 10 bits of TF32. Nothing else depends on it.
 
     Returns:
         ``(N, K, P, Q)`` in the memory format of ``x``.
@@ -59,15 +62,17 @@ def pointwise_conv2d(
     Accuracy: each output is one chain of float32 FMAs (float64 for float64 input) over the C
     channels, so the error is at most ``C * eps * conv(|x|, |W|)``; the result is bitwise the same
     at any thread count. On CUDA, float16 and bfloat16 go through the tensor cores, with float32
-    sums; float32 never does. Cost: ``2 * N * P * Q * K * C`` FLOPs. Scratch: on the CPU, up to
-    about 1 MB a thread.
+    sums; float32 does only with ``allow_tf32``, which adds ``2^-10 * conv(|x|, |W|)``. The
+    backward pass is the framework's, with its own settings. Cost: ``2 * N * P * Q * K * C`` FLOPs.
+    Scratch: on the CPU, up to about 1 MB a thread.
 
     Raises:
         ValueError: a shape, device or option that does not fit; names it and the value.
-        TypeError: a dtype that is not supported or does not match.
+        TypeError: a dtype that is not supported or does not match, or ``allow_tf32`` no bool.
     """
     steps = pair(_OP, "stride", stride, 1)
-    return run_pointwise_conv2d(x, weight, bias, residual, steps, activation)
+    check_allow_tf32(_OP, allow_tf32)
+    return run_pointwise_conv2d(x, weight, bias, residual, steps, activation, allow_tf32)
 
 
 def run_pointwise_conv2d(
@@ -77,11 +82,12 @@ def run_pointwise_conv2d(
     residual: Tensor | None,
     stride: list[int],
     activation: str,
+    allow_tf32: bool,
 ) -> Tensor:
-    """`pointwise_conv2d` with its stride already checked."""
+    """`pointwise_conv2d` with its stride and `allow_tf32` already checked."""
     if autocast_is_on(x):
         x, weight, bias, residual = autocast(x, weight, bias, residual)
-    arguments = (x, weight, bias, residual, stride, activation)
+    arguments = (x, weight, bias, residual, stride, activation, allow_tf32)
     is_plain = (
         is_eager(x)
         and x.dim() == 4
@@ -92,9 +98,10 @@ def run_pointwise_conv2d(
         and (bias is None or bias.is_cpu)
         and (residual is None or residual.is_cpu)
     )
+    checked = arguments[:-1]
     if not is_plain:
-        _check(*arguments)
-    return run_op(POINTWISE_CONV2D, arguments, _check, arguments, is_plain)
+        _check(*checked)
+    return run_op(POINTWISE_CONV2D, arguments, _check, checked, is_plain)
 
 
 def _check(
@@ -125,6 +132,7 @@ def _fake(
     residual: Tensor | None,
     stride: list[int],
     activation: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     torch._check(x.dim() == 4, lambda: f"{_OP}: expected x of shape (N, C, H, W), got {x.shape}")
     return fake_output(x, weight.shape[0], [1, 1], stride, [0, 0, 0, 0], [1, 1])
@@ -146,4 +154,4 @@ def _grad_conv(
     return grad_dense(grad, x, weight, stride, [0, 0, 0, 0], [1, 1], 1, need)
 
 
-register_fused(POINTWISE_CONV2D, 1, _grad_conv)
+register_fused(POINTWISE_CONV2D, 1, _grad_conv, flags=1)

@@ -395,6 +395,12 @@ inline void copy_async_wait(size_t left) {
 #define CUDA_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   ((void)(stream), emu::launch(#kernel, grid, block, smem_bytes, [&] { kernel(__VA_ARGS__); }))
 
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
 // Host side of the runtime, as far as launchers use it.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {

@@ -45,6 +45,9 @@ float b_at(int k, int column) {
   return element<T>(from.b[k / 8], k % 2);
 }
 
+// The multiplier reads the sign, the exponent and ten bits of the mantissa.
+inline float tf32_value(uint32_t bits) { return __uint_as_float(bits & ~0x1fffu); }
+
 // Lane 8 m + r brings the address of row r of matrix m: 8 elements of 16 bits.
 template <int kMatrices>
 void ldmatrix(uint32_t (&to)[kMatrices], const void* own, bool transposed, const void* site) {
@@ -76,6 +79,28 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   for (int k = 0; k < 16; ++k)
     for (int i = 0; i < 4; ++i)
       d[i] += emulated::a_at<T, 2>(row + i / 2 * 8, k) * emulated::b_at<T, 2>(k, column + i % 2);
+}
+
+// NaN keeps a bit that the multiplier reads.
+inline uint32_t to_tf32(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return v != v ? bits | 0x400000u : (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline void mma_tf32_16x8x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::Operands<2> own{};
+  std::memcpy(own.a, a, sizeof a);
+  std::memcpy(own.b, b, sizeof b);
+  emu::exchange(~0u, own, EMU_SITE);
+  const unsigned row = EMU_LANE / 4, column = EMU_LANE % 4 * 2;
+  for (unsigned k = 0; k < 8; ++k)
+    for (unsigned i = 0; i < 4; ++i) {
+      const auto left = emu::brought_by<emulated::Operands<2>>(row * 4 + k % 4);
+      const auto right = emu::brought_by<emulated::Operands<2>>((column + i % 2) * 4 + k % 4);
+      d[i] +=
+          emulated::tf32_value(left.a[i / 2 + k / 4 * 2]) * emulated::tf32_value(right.b[k / 4]);
+    }
 }
 
 // Stored column k of a row stands for column 4 * (k / 2) + index of the full 32, where the index is

@@ -103,7 +103,11 @@ class WinogradParams(ConvParams):
 class PointwiseParams(ConvParams):
     """Mirror of ``PointwiseConv2dParams``."""
 
-    _fields_ = [("weight", ctypes.c_void_p), ("weight_stride", ctypes.c_int64 * 2)]
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64 * 2),
+        ("allow_tf32", ctypes.c_bool),
+    ]
 
 
 class GradParams(ctypes.Structure):
@@ -237,7 +241,7 @@ class Emulator:
         self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
-        for name in ("emu_half_bits", "emu_bfloat16_bits"):
+        for name in ("emu_half_bits", "emu_bfloat16_bits", "emu_tf32_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
         assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
         assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
@@ -294,6 +298,10 @@ class Emulator:
         """Bits of the stand-in for __nv_bfloat16."""
         return int(self._lib.emu_bfloat16_bits(value)) & 0xFFFF
 
+    def tf32_bits(self, value: float) -> int:
+        """Bits of a float32 rounded to TF32."""
+        return int(self._lib.emu_tf32_bits(value)) & 0xFFFFFFFF
+
     def multiply(self, a: Tensor, b: Tensor, *, by_column: bool, wait: bool = True) -> Tensor:
         """A (16, 16) times B (16, 8) by one warp, in float32.
 
@@ -314,6 +322,20 @@ class Emulator:
         bfloat16 = ctypes.c_bool(a.dtype == torch.bfloat16)
         a_, b_, words, d_ = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, metadata, d))
         self._raise(self._lib.emu_multiply_sparse(bfloat16, a_, b_, words, selector, d_))
+        return d
+
+    def multiply_tf32(
+        self, a: Tensor, b: Tensor, *, by_column: bool, rounded: bool = True
+    ) -> Tensor:
+        """A (16, 8) times B (8, 8) by one warp in TF32; as `multiply`.
+
+        Without `rounded` the tensor core gets all bits of the factors.
+        """
+        a, b = a.contiguous(), (b.t() if by_column else b).contiguous()
+        d = torch.empty(16, 8)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, d)]
+        flags = [ctypes.c_bool(flag) for flag in (by_column, rounded)]
+        self._raise(self._lib.emu_multiply_tf32(*pointers[:2], *flags, pointers[2]))
         return d
 
     def divergent_barrier(self) -> None:
@@ -422,7 +444,9 @@ class Emulator:
         """pointwise_conv2d on a parameter block; raises as `forward_raw`."""
         self._raise(self._lib.emu_pointwise_conv2d(ctypes.byref(params)))
 
-    def pointwise(self, problem: Problem, weight: Tensor | None = None) -> Tensor:
+    def pointwise(
+        self, problem: Problem, weight: Tensor | None = None, *, tf32: bool = False
+    ) -> Tensor:
         """pointwise_conv2d, with a weight of other strides if given; the output starts as NaN."""
         y = _poisoned(problem)
         weight = problem.weight if weight is None else weight
@@ -430,7 +454,10 @@ class Emulator:
         strides = (ctypes.c_int64 * 2)(*weight.stride()[:2])
         self.pointwise_raw(
             PointwiseParams(
-                **_common(problem, y), weight=weight.data_ptr(), weight_stride=strides
+                **_common(problem, y),
+                weight=weight.data_ptr(),
+                weight_stride=strides,
+                allow_tf32=tf32,
             )
         )
         return y

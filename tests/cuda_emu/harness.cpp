@@ -1,5 +1,6 @@
 // The launchers behind a C interface for ctypes; exceptions of the emulator become messages.
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -80,6 +81,33 @@ void multiply_sparse(const T* a, const T* b, const uint32_t* metadata, int selec
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
+// D (16 x 8) = A (16 x 8) * B (8 x 8) of float by one warp, with B kept as [column][k] or
+// [k][column].
+void multiply_tf32(const float* a, const float* b, bool b_by_column, bool rounded, float* d) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  DYN_SMEM(float, shared);
+  float* const b_tile = shared + 16 * 8;
+  copy_async<16>(shared + lane * 4, a + lane * 4, true);
+  if (lane < 16) copy_async<16>(b_tile + lane * 4, b + lane * 4, true);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncwarp();
+  uint32_t a_part[4], b_part[2];
+  sparsecnn::cuda::ldmatrix_x4(a_part, shared + (lane & 15) * 8 + lane / 16 * 4);
+  if (b_by_column) {
+    sparsecnn::cuda::ldmatrix_x2(b_part, b_tile + (lane & 7) * 8 + lane / 8 % 2 * 4);
+  } else {
+    for (int i = 0; i < 2; ++i) std::memcpy(&b_part[i], b_tile + (t + 4 * i) * 8 + g, 4);
+  }
+  if (rounded) {
+    for (uint32_t& v : a_part) v = sparsecnn::cuda::to_tf32(__uint_as_float(v));
+    for (uint32_t& v : b_part) v = sparsecnn::cuda::to_tf32(__uint_as_float(v));
+  }
+  float sum[4] = {};
+  sparsecnn::cuda::mma_tf32_16x8x8(sum, a_part, b_part);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 template <class Body>
 int one_warp(Body body) {
   return guarded([&] {
@@ -114,6 +142,10 @@ int emu_multiply_sparse(bool bfloat16, const void* a, const void* b, const uint3
                       selector, d);
     }
   });
+}
+
+int emu_multiply_tf32(const float* a, const float* b, bool b_by_column, bool rounded, float* d) {
+  return one_warp([&] { multiply_tf32(a, b, b_by_column, rounded, d); });
 }
 
 int emu_csr_conv2d(const sparsecnn::CsrConv2dParams* params) {
@@ -204,6 +236,7 @@ int emu_divergent_barrier() {
 
 uint16_t emu_half_bits(float v) { return __float2half_rn(v).bits; }
 float emu_half_value(uint16_t bits) { return __half2float({bits}); }
+uint32_t emu_tf32_bits(float v) { return sparsecnn::cuda::to_tf32(v); }
 uint16_t emu_bfloat16_bits(float v) { return __float2bfloat16_rn(v).bits; }
 
 }  // extern "C"

@@ -71,6 +71,10 @@ def main() -> None:
         chain_problem = build_chain(chained.but(layout=layout, dtype=dtype, integers=False))
         chain_problem.check(chain.run(emu, chain_problem))
         count += 1
+    for index, case in enumerate(cases.POINTWISE):
+        problem = build(case.but(layout=("contiguous", "channels_last")[index % 2]))
+        problem.check(emu.pointwise(problem, tf32=True))
+        count += 1
     print(f"{count} cases passed")
 
 

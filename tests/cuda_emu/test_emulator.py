@@ -6,6 +6,7 @@ Without these tests, a green run of the others would say little.
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,40 @@ def test_a_copy_is_not_there_before_the_wait(sound: Emulator) -> None:
     ones = torch.ones(16, 16, dtype=torch.float16)
     got = sound.multiply(ones, ones[:, :8], by_column=True, wait=False)
     assert bool(got.isnan().all())
+
+
+def test_tf32_rounds_to_nearest_and_ties_away(sound: Emulator) -> None:
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-140, 120, (2000,), generator=generator)
+    values = torch.randn(2000, generator=generator) * torch.pow(2.0, exponents)
+    ties = [1 + k * 2.0**-12 for k in range(-8, 9)] + [-1 - 2.0**-11, 0.0, -0.0]
+    for value in torch.cat([values, torch.tensor(ties)]).tolist():
+        got = sound.tf32_bits(value)
+        assert got & 0x1FFF == 0, value
+        unit = max(2.0 ** (math.frexp(value)[1] - 11), 2.0**-136)  # of the last place; subnormal
+        want = math.copysign(math.floor(abs(value) / unit + 0.5) * unit, value)
+        assert struct.unpack("f", struct.pack("I", got))[0] == want, value
+    assert sound.tf32_bits(math.inf) == 0x7F800000
+    assert sound.tf32_bits(math.nan) & 0x7FFFE000 > 0x7F800000
+
+
+def test_tf32_products(sound: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randint(-1024, 1025, (16, 8), generator=generator).float()
+    b = torch.randint(-1024, 1025, (8, 8), generator=generator).float()
+    # Two bits more than TF32 has, and a product that drops them: towards zero.
+    fine = a.sign() * (1 + torch.randint(0, 4, a.shape, generator=generator) / 4096)
+    down = fine.sign() * (fine.abs() * 1024).floor() / 1024
+    near = fine.sign() * (fine.abs() * 1024 + 0.5).floor() / 1024
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_EMU_ORDER", order)
+        for by_column in (False, True):
+            assert torch.equal(sound.multiply_tf32(a, b, by_column=by_column), a @ b)
+            got = sound.multiply_tf32(fine, b, by_column=by_column)
+            assert torch.equal(got, near @ b)
+            got = sound.multiply_tf32(fine, b, by_column=by_column, rounded=False)
+            assert torch.equal(got, down @ b)
+    assert not torch.equal(near, down)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from sparsecnn.nn import ChainConv2d, PointwiseConv2d, apply_layout_
+from sparsecnn.nn import pointwise as pointwise_module
 from tests import reference
 
 
@@ -56,6 +57,10 @@ LAYERS: dict[str, tuple[Callable[[], Any], int]] = {
     "chain": (lambda: ChainConv2d.from_sequential(block(), residual=True), 6),
     "chain without residual": (lambda: ChainConv2d.from_sequential(block(k=9, stride=2)), 6),
     "pointwise": (lambda: PointwiseConv2d.from_dense(nn.Conv2d(7, 5, 1), activation="silu"), 7),
+    "pointwise in TF32": (
+        lambda: PointwiseConv2d.from_dense(nn.Conv2d(7, 5, 1), activation="relu", allow_tf32=True),
+        7,
+    ),
 }
 
 
@@ -191,6 +196,16 @@ REFUSALS: list[tuple[Make, type[Exception], str]] = [
     (lambda: PointwiseConv2d(4, 4, 1, padding=1), NotImplementedError, "expected padding 0, got"),
     (lambda: PointwiseConv2d(4, 4, 1, activation="x"), ValueError, "expected activation one of"),
     (lambda: PointwiseConv2d.from_dense(nn.Linear(3, 4)), TypeError, "nn.Conv2d, got Linear"),
+    (
+        lambda: PointwiseConv2d(4, 4, 1, allow_tf32=None),  # type: ignore[arg-type]
+        TypeError, "allow_tf32 a bool, got None",
+    ),
+    (
+        lambda: PointwiseConv2d.from_dense(
+            conv(4, 4, 1), allow_tf32="yes"  # type: ignore[arg-type]
+        ),
+        TypeError, "PointwiseConv2d: expected allow_tf32 a bool, got 'yes'",
+    ),
 ]  # fmt: skip
 
 
@@ -386,3 +401,34 @@ def test_readable_repr() -> None:
     assert "residual=True" in text and text.count("activation=relu6") == 2
     layer = PointwiseConv2d(3, 4, 1, activation="relu")
     assert repr(layer).startswith("PointwiseConv2d(3, 4, kernel_size=(1, 1)")
+
+
+def test_tf32_belongs_to_the_layer() -> None:
+    made = [
+        PointwiseConv2d(3, 4, 1, allow_tf32=True),
+        PointwiseConv2d.from_dense(nn.Conv2d(3, 4, 1), allow_tf32=True),
+    ]
+    for layer in made:
+        copies = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double()]
+        assert all(c.allow_tf32 and "allow_tf32=True" in repr(c) for c in copies)
+    for layer in (PointwiseConv2d(3, 4, 1), PointwiseConv2d.from_dense(nn.Conv2d(3, 4, 1))):
+        assert not layer.allow_tf32 and "tf32" not in repr(layer)
+
+
+def test_the_op_hears_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[object] = []
+    for name in ("try_quick", "run_pointwise_conv2d"):
+        original = getattr(pointwise_module, name)
+
+        def spy(*args: Any, original: Any = original, name: str = name) -> object:
+            heard.append(args[1][-1] if name == "try_quick" else args[-1])
+            return original(*args)
+
+        monkeypatch.setattr(pointwise_module, name, spy)
+    layer = PointwiseConv2d(3, 4, 1, allow_tf32=True)
+    layer(image(3))  # recorded: the short way gives up
+    with torch.no_grad():
+        layer(image(3))
+        layer.allow_tf32 = False
+        layer(image(3))
+    assert heard == [True, True, True, False]

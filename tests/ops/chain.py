@@ -85,17 +85,19 @@ def run_function(problem: ChainProblem) -> Tensor:
     return sparsecnn.ops.chain_conv2d(problem.x, stages_of(problem), residual=problem.residual)
 
 
-def pointwise_args(problem: Problem, weight: Tensor) -> tuple[Any, ...]:
-    """Positional arguments of `torch.ops.sparsecnn.pointwise_conv2d`."""
+def pointwise_args(problem: Problem, weight: Tensor, *flags: bool) -> tuple[Any, ...]:
+    """Positional arguments of `torch.ops.sparsecnn.pointwise_conv2d`; `flags` have defaults."""
     case, weight = problem.case, weight.to(problem.x.device)
     return (
         problem.x, weight, problem.bias, problem.residual, list(case.stride), case.activation,
+        *flags,
     )  # fmt: skip
 
 
-def run_pointwise(problem: Problem, weight: Tensor) -> Tensor:
+def run_pointwise(problem: Problem, weight: Tensor, *flags: bool) -> Tensor:
     """The registered operator on stained scratch and NaN-filled outputs."""
     stain_scratch()
+    args = pointwise_args(problem, weight, *flags)
     with nan_filled_allocations():
-        y: Tensor = torch.ops.sparsecnn.pointwise_conv2d.default(*pointwise_args(problem, weight))
+        y: Tensor = torch.ops.sparsecnn.pointwise_conv2d.default(*args)
     return y

@@ -122,6 +122,8 @@ POINTWISE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"activation": "tanh"}, ValueError, r"expected activation one of none, .* got 'tanh'"),
     ({"residual": X}, ValueError, r"residual of the output's shape \(2, 4, 5, 7\), got \(2, 6"),
     ({"x": X.to("meta")}, ValueError, r"expected weight.dense on the device of x, meta, got cpu"),
+    ({"allow_tf32": 1}, TypeError, r"pointwise_conv2d: expected allow_tf32 a bool, got 1"),
+    ({"allow_tf32": "no"}, TypeError, r"expected allow_tf32 a bool, got 'no'"),
 ]
 
 

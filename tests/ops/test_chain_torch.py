@@ -59,11 +59,12 @@ def test_opcheck_pointwise(layout: str, grad: bool) -> None:
     for activation, stride in (("none", (1, 1)), ("silu", (2, 1)), ("relu6", (1, 1))):
         case = ConvCase(layout=layout, residual=True, activation=activation, stride=stride)
         problem = build(case.but(**POINTWISE))
-        args = pointwise_args(problem, problem.weight)
-        if grad:
-            args = tuple(differentiable(a) for a in args)
-        results = torch.library.opcheck(POINTWISE_OP, args, raise_exception=True)
-        assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
+        for flags in ((), (True,)) if activation == "silu" else ((),):
+            args = pointwise_args(problem, problem.weight, *flags)
+            if grad:
+                args = tuple(differentiable(a) for a in args)
+            results = torch.library.opcheck(POINTWISE_OP, args, raise_exception=True)
+            assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 4, P, Q)."""
         y = sparsecnn.ops.chain_conv2d(x, stages_of(self.problem, list(self.weights)))
-        return sparsecnn.ops.pointwise_conv2d(y * 2, self.last, activation="silu")
+        return sparsecnn.ops.pointwise_conv2d(y * 2, self.last, activation="silu", allow_tf32=True)
 
 
 SHAPES = [(2, 3, 9, 8), (3, 3, 12, 10), (5, 3, 7, 17)]
@@ -261,6 +262,8 @@ def test_export_with_dynamic_shapes() -> None:
     targets = [str(node.target) for node in exported.graph.nodes]
     assert targets.count("sparsecnn.chain_conv2d.default") == 1
     assert targets.count("sparsecnn.pointwise_conv2d.default") == 1
+    last = next(node for node in exported.graph.nodes if node.target is POINTWISE_OP)
+    assert last.args[-1] is True
     for shape in [*SHAPES, (1, 3, 4, 4)]:
         x = torch.randn(shape)
         assert torch.equal(loaded(x), net(x)), shape

@@ -15,7 +15,7 @@ from tests.cases import LANE_BOUNDARIES, ConvCase, Problem, build, lay_out, memo
 from tests.chains import WEIGHT_ORDERS, in_order
 from tests.conftest import ISAS, active_isa
 from tests.fuzz import draw
-from tests.ops.chain import run_pointwise
+from tests.ops.chain import pointwise_args, run_pointwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,6 +123,35 @@ def test_function_calls_the_operator() -> None:
             residual=problem.residual,
         )  # fmt: skip
         assert torch.equal(y, run_pointwise(problem, problem.weight))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_tf32_is_for_float32_on_cuda(layout: str, backend: str) -> None:
+    for size in (dict(c=9, k=20, h=9, w=9), dict(n=12, c=96, k=80, h=28, w=28, residual=True)):
+        case = pointwise(ConvCase(layout=layout, activation="silu").but(**size))
+        for dtype in DTYPES if backend == "cpu" else CUDA_DTYPES:
+            problem = build(case.but(dtype=dtype), backend)
+            strict = run_pointwise(problem, problem.weight)
+            assert torch.equal(run_pointwise(problem, problem.weight, False), strict)
+            y = run_pointwise(problem, problem.weight, True)
+            problem.check(y, tf32=True)
+            changes = backend == "cuda" and dtype == torch.float32
+            assert torch.equal(y, strict) != changes
+        exact = build(case.but(integers=True, activation="relu"), backend)
+        exact.check(run_pointwise(exact, exact.weight, True))
+
+
+def test_gradients_with_tf32() -> None:
+    for activation in ("none", "relu6", "silu"):  # silu computes the sum again
+        problem = build(pointwise(ConvCase(n=2, c=5, k=4, h=4, w=3, activation=activation)))
+        x = problem.x.requires_grad_()
+        grads = []
+        for flags in ((), (False,), (True,)):
+            y = torch.ops.sparsecnn.pointwise_conv2d.default(
+                *pointwise_args(problem, problem.weight, *flags)
+            )
+            grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+        assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
 def test_nan_is_not_hidden(backend: str) -> None:

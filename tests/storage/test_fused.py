@@ -21,6 +21,7 @@ from sparsecnn.nn import (
 )
 from sparsecnn.nn.layout import convert_input_, input_layouts
 from sparsecnn.nn.microbatch import microbatch_, microbatches
+from tests.storage.test_hostile import forge
 
 
 class Inverted(nn.Module):
@@ -112,6 +113,37 @@ def test_dense_kernels_with_their_activations(into: object, tmp_path: Path) -> N
     assert [type(m) for m in back] == [nn.Conv2d, DepthwiseConv2d, PointwiseConv2d]
     assert back[2].weight.stride() == fast[2].weight.stride()
     same(fast, back)
+
+
+def test_tf32_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    for allowed in (True, False):
+        model = nn.Sequential(PointwiseConv2d(3, 4, 1, activation="relu", allow_tf32=allowed))
+        save(model, path)
+        into = nn.Sequential(nn.Conv2d(3, 4, 1))
+        for back in (load(path), load(path, into)):
+            assert type(back[0]) is PointwiseConv2d and back[0].allow_tf32 is allowed
+        same(model, load(path))
+        other = nn.Sequential(PointwiseConv2d(3, 4, 1, activation="relu", allow_tf32=not allowed))
+        with pytest.raises(ValueError, match=f"the file has allow_tf32 {allowed}, the model"):
+            load(path, other)
+
+
+def test_a_file_without_tf32_loads(tmp_path: Path) -> None:
+    model, path = nn.Sequential(PointwiseConv2d(3, 4, 1)), tmp_path / "m.safetensors"
+    save(model, path)
+    forge(path, lambda m, a: m["modules"][1]["args"].pop("allow_tf32"))
+    assert load(path)[0].allow_tf32 is False
+    same(model, load(path))
+
+
+@pytest.mark.parametrize("value", [1, 0.0, "yes", None, [True]])
+def test_another_tf32_is_refused(value: object, tmp_path: Path) -> None:
+    model, path = nn.Sequential(PointwiseConv2d(3, 4, 1)), tmp_path / "m.safetensors"
+    save(model, path)
+    forge(path, lambda m, a: m["modules"][1]["args"].update(allow_tf32=value))
+    with pytest.raises(ValueError, match=r"PointwiseConv2d accepts.*allow_tf32 a bool, got"):
+        load(path)
 
 
 def test_a_layer_that_no_file_holds_is_refused(tmp_path: Path) -> None:
