@@ -32,7 +32,6 @@
 //
 // Papers: Mao et al., CVPR workshops 2017; Chen et al., "Efficient tensor core-based GPU kernels
 // for structured sparsity under reduced precision", SC 2021 (vectors on tensor cores).
-#include "cuda/mma.cuh"
 #include "cuda/pattern_conv2d_lists.cuh"
 
 namespace sparsecnn::cuda {
