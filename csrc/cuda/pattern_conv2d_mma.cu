@@ -27,8 +27,7 @@
 // operands take 16 clocks of shared memory for the values and 16 for the inputs in whole octets or
 // 32 one by one: for four warps 128 or 192 clocks, so that shared memory and tensor cores are
 // balanced where whole octets are kept and shared memory binds at two thirds of the peak where none
-// is. Of device memory (L2) a block reads its input once for all its 64 * kTeams filters. GPU
-// timings have not been taken.
+// is. Of L2 a block reads its input once for all its 64 * kTeams filters. Not timed on a GPU yet.
 //
 // Papers: Mao et al., CVPR workshops 2017; Chen et al., "Efficient tensor core-based GPU kernels
 // for structured sparsity under reduced precision", SC 2021 (vectors on tensor cores).

@@ -422,12 +422,6 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
   return cudaSuccess;
 }
 
-inline float __uint_as_float(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
 // The two 16-bit storage types, by integer arithmetic: no toolkit header and no F16C needed.
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -434,8 +434,8 @@ class Emulator:
                 **_common(p.problem, y),
                 tile=p.tile,
                 values=p.values.data_ptr(),
-                col_idx=_pointer(p.col_idx),
-                row_ptr=_pointer(p.row_ptr),
+                col_idx=pointer(p.col_idx),
+                row_ptr=pointer(p.row_ptr),
             )
         )
         return y
