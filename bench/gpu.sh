@@ -37,7 +37,7 @@ sanitize() {
   for tool in memcheck racecheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python -m pytest -p no:cacheprovider tests/ops/test_cuda.py -k every_kernel
+      python -m pytest -p no:cacheprovider tests/ops/test_cuda_kernels.py
   done
 }
 

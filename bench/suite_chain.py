@@ -32,9 +32,9 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def with_input_as_residual(case: ChainCase) -> ChainProblem:
-    """The tensors of a case; a residual is the input itself, as in the networks."""
-    problem = build_chain(case)
+def with_input_as_residual(case: ChainCase, device: str) -> ChainProblem:
+    """The tensors of a case on a device; a residual is the input itself, as in the networks."""
+    problem = build_chain(case).to(device)
     if problem.residual is None:
         return problem
     return ChainProblem(case, problem.x, problem.weights, problem.biases, problem.groups, problem.x)
@@ -90,7 +90,7 @@ def verify(problem: ChainProblem, run: Callable[[Tensor], Tensor], form: Any) ->
     )  # fmt: skip
     got = run(problem.x.contiguous(memory_format=form))[images].contiguous(memory_format=form)
     part.check(got)
-    return float((got.double() - part.expected()[0]).abs().max())
+    return float((got.double().cpu() - part.expected()[0]).abs().max())
 
 
 def contestants(problem: ChainProblem) -> dict[str, Callable[[], Run]]:
@@ -105,7 +105,7 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure chain after chain; one row of the results at a time."""
     for name in settings.names:
         case = CHAINS[name].but(n=settings.batch, dtype=settings.dtype)
-        problem = with_input_as_residual(case)
+        problem = with_input_as_residual(case, settings.device)
         ours = by_chain(problem)
         error = max(verify(problem, ours, form) for form in LAYOUTS.values())
         k, p, q = case.shapes[-1]

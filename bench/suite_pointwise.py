@@ -43,7 +43,7 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure layer after layer; one row of the results at a time."""
     for name in settings.names:
         case = POINTWISE[name].but(n=settings.batch, dtype=settings.dtype)
-        problem = build_chain(case)
+        problem = build_chain(case).to(settings.device)
         ours = by_pointwise(problem)
         error = max(verify(problem, ours, form) for form in LAYOUTS.values())
         k, p, q = case.shapes[-1]

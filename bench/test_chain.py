@@ -17,7 +17,7 @@ from tests.chains import build_chain
 @pytest.mark.parametrize("contestant", ["dense", "chain"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_chain(benchmark: Any, name: str, contestant: str, layout: str) -> None:
-    problem = suite_chain.with_input_as_residual(CHAINS[name])
+    problem = suite_chain.with_input_as_residual(CHAINS[name], "cpu")
     suite_chain.verify(problem, suite_chain.by_chain(problem), LAYOUTS[layout])
     benchmark.group = f"{name}  {label(CHAINS[name])}"
     benchmark.extra_info.update(threads=torch.get_num_threads())

@@ -154,8 +154,8 @@ Tensor chain_conv2d_cuda(const Tensor& x, std::vector<Tensor> weights, std::vect
   } workspace{x, Tensor()};
   const auto allocate = [](void* context, int64_t bytes) -> void* {
     auto* w = static_cast<Workspace*>(context);
-    w->memory = torch::stable::new_empty(w->like, {(bytes + 3) / 4},
-                                         torch::headeronly::ScalarType::Float);
+    w->memory =
+        torch::stable::new_empty(w->like, {(bytes + 3) / 4}, torch::headeronly::ScalarType::Float);
     return w->memory.mutable_data_ptr();
   };
   guard.check(cuda::chain_conv2d(call.params, allocate, &workspace, guard.stream()), kOp);

@@ -182,7 +182,7 @@ def _pointwise_build(layer: Layer) -> nn.Module:
     )
 
 
-def _winograd_applies(layer: Layer) -> str | None:
+def _winograd_applies(layer: Layer, on_cuda: tuple[torch.dtype, ...]) -> str | None:
     m = layer.module
     if not isinstance(m, nn.Conv2d) or tuple(m.kernel_size) != (3, 3):
         return "not a 3x3 convolution"
@@ -192,8 +192,9 @@ def _winograd_applies(layer: Layer) -> str | None:
         return f"density {layer.density:.2f} below {MIN_WINOGRAD_DENSITY}"
     if m.in_channels // m.groups < MIN_WINOGRAD_CHANNELS:
         return f"fewer than {MIN_WINOGRAD_CHANNELS} channels a group"
-    # Short types would round in the Winograd domain, where errors grow.
-    return _refused(layer, {"cpu": (torch.float32,), "cuda": (torch.float32,)})
+    # Short types round in the Winograd domain, where errors grow: F(2) on tensor cores is worth a
+    # try, which the comparison with the dense layer may still refuse.
+    return _refused(layer, {"cpu": (torch.float32,), "cuda": on_cuda})
 
 
 def _conv_build(kind: type[ConvDropIn], **options: Any) -> Callable[[Layer], nn.Module]:
@@ -211,8 +212,18 @@ CANDIDATES: dict[str, Candidate] = {
         Candidate("pattern", _pattern_applies, _conv_build(PatternConv2d)),
         Candidate("depthwise", _depthwise_applies, _conv_build(DepthwiseConv2d)),
         Candidate("pointwise", _pointwise_applies, _pointwise_build),
-        Candidate("winograd2", _winograd_applies, _conv_build(WinogradConv2d, tile=2), 2.0),
-        Candidate("winograd4", _winograd_applies, _conv_build(WinogradConv2d, tile=4), 8.0),
+        Candidate(
+            "winograd2",
+            functools.partial(_winograd_applies, on_cuda=DTYPES["cuda"]),
+            _conv_build(WinogradConv2d, tile=2),
+            2.0,
+        ),
+        Candidate(
+            "winograd4",
+            functools.partial(_winograd_applies, on_cuda=(torch.float32,)),
+            _conv_build(WinogradConv2d, tile=4),
+            8.0,
+        ),
     )
 }
 
