@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
 #pragma unroll
       for (int v = 0; v < kRows; ++v) {
         const bool stored = first + v * kColumns < slot.column_end && lane % kRows < slot.rows;
-        value[j][v] = stored ? to_float(from[int64_t{v} * kColumns * slot.group_rows]) : 0.f;
+        value[j][v] = stored ? to_float(*from) : 0.f;
+        from += kColumns * slot.group_rows;
       }
     };
 #pragma unroll
