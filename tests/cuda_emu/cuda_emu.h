@@ -92,6 +92,11 @@ struct Copy {
   size_t bytes;
 };
 
+// What every lane brought to one collective; the lanes share it for as long as they need it.
+struct Brought {
+  alignas(8) unsigned char by[32][kMostBytes];
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -99,12 +104,12 @@ struct Thread {
   dim3 index, block_index;
   unsigned rank;  // of its block in the cluster
   unsigned linear, mask;
-  const void* site;                               // which collective or barrier it waits at
-  size_t bytes;                                   // of what it brought
-  alignas(8) unsigned char value[kMostBytes];     // what it brought,
-  alignas(8) unsigned char seen[32][kMostBytes];  // what the others brought
-  std::vector<Copy> issued;                       // asynchronous copies of no group yet,
-  std::vector<std::vector<Copy>> groups;          // and those waiting in groups
+  const void* site;                            // which collective or barrier it waits at
+  size_t bytes;                                // of what it brought
+  alignas(8) unsigned char value[kMostBytes];  // what it brought,
+  std::shared_ptr<const Brought> seen;         // what the others brought
+  std::vector<Copy> issued;                    // asynchronous copies of no group yet,
+  std::vector<std::vector<Copy>> groups;       // and those waiting in groups
 };
 
 struct Simulator {
@@ -148,17 +153,18 @@ inline bool complete_collective(Thread* warp, unsigned lanes, unsigned lane) {
     if (warp[l].site != warp[lane].site) fail("lanes of one mask at different collectives");
     if (warp[l].bytes != warp[lane].bytes) fail("lanes of one mask bring different sizes");
   }
-  for (unsigned a = 0; a < 32; ++a) {
-    if (!(mask >> a & 1)) continue;
-    for (unsigned b = 0; b < 32; ++b) {
-      if (mask >> b & 1)
-        std::memcpy(warp[a].seen[b], warp[b].value, warp[a].bytes);
-      else
-        std::memset(warp[a].seen[b], 0xff, warp[a].bytes);
-    }
+  const auto brought = std::make_shared<Brought>();
+  for (unsigned l = 0; l < 32; ++l) {
+    if (mask >> l & 1)
+      std::memcpy(brought->by[l], warp[l].value, warp[l].bytes);
+    else
+      std::memset(brought->by[l], 0xff, kMostBytes);
   }
-  for (unsigned a = 0; a < 32; ++a)
-    if (mask >> a & 1) warp[a].state = State::kRun;
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    warp[l].seen = brought;
+    warp[l].state = State::kRun;
+  }
   return true;
 }
 
@@ -326,7 +332,7 @@ void exchange(unsigned mask, const T& value, const void* site) {
 template <class T>
 T brought_by(unsigned lane) {
   T result;
-  std::memcpy(&result, sim().current->seen[lane & 31], sizeof result);
+  std::memcpy(&result, sim().current->seen->by[lane & 31], sizeof result);
   return result;
 }
 

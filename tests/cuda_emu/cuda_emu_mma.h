@@ -28,7 +28,7 @@ struct Operands {
 // What a lane brought, where it lies: copies would take most of the time.
 template <int kB>
 const Operands<kB>& brought(int lane) {
-  return *reinterpret_cast<const Operands<kB>*>(emu::sim().current->seen[lane]);
+  return *reinterpret_cast<const Operands<kB>*>(emu::sim().current->seen->by[lane]);
 }
 
 // Element (row, k) of the 16 x 16 operand A: four quadrants of 8 x 8, the lower rows first.
