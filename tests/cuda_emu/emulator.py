@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def build(
     output: Path,
     *,
     flags: tuple[str, ...] = OPTIMIZED,
-    edits: Mapping[str, tuple[str, str] | list[tuple[str, str]]] | None = None,
+    edits: Edits | None = None,
 ) -> Path:
     """Compile harness and kernels into one shared library.
 
@@ -164,6 +164,27 @@ def build(
         objects = list(pool.map(compiled, sources))
     _run(*flags, "-shared", *map(str, objects), "-o", str(output))
     return output
+
+
+Edits = Mapping[str, "tuple[str, str] | list[tuple[str, str]]"]
+
+
+def build_faulty(folder: Path, faults: Mapping[str, Edits]) -> dict[str, Future[Path]]:
+    """A library for each planted fault, being built on all cores while the first are in use.
+
+    Args:
+        folder: where they go.
+        faults: name -> edits, as `build` takes them.
+    """
+    build(folder / "sound.so", flags=QUICK)  # what all of them share
+    pool = ThreadPoolExecutor(os.cpu_count())
+    libraries = {}
+    for number, (name, edits) in enumerate(faults.items()):
+        own = folder / str(number)
+        own.mkdir()
+        libraries[name] = pool.submit(build, own / "faulty.so", flags=QUICK, edits=edits)
+    pool.shutdown(wait=False)
+    return libraries
 
 
 def _includes(source: Path, names: Mapping[str, object]) -> bool:

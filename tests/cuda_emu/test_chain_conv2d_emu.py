@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -134,14 +135,13 @@ def test_small_images_are_shared_by_many_blocks(emu: Emulator) -> None:
     check(emu, ChainCase((Stage(70), DW), n=1, c=8, h=5, w=5, integers=True))
 
 
-def test_blocks_loop_when_the_grid_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edits = {"launch.cuh": ("kMaxGrid = 2147483647", "kMaxGrid = 2")}
-    emu = Emulator(emulator.build(tmp_path / "looping.so", flags=emulator.QUICK, edits=edits))
+def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    emu.set_device(max_grid=2)
     case = ChainCase(inverted(20, 9), n=3, h=9, w=9, residual=True, integers=True)
     for order, layout in (("0", "contiguous"), ("1", "channels_last"), ("2", "channels_last")):
         monkeypatch.setenv("CUDA_EMU_ORDER", order)
         check(emu, case.but(layout=layout))
-    emu.set_device(smem_bytes=SMALL)
+    emu.set_device(smem_bytes=SMALL, max_grid=2)
     check(emu, WIDE_FILTER.but(h=50, w=42))
 
 
@@ -177,11 +177,15 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    faults = {name: {file: (text, instead)} for name, (file, text, instead) in FAULTS.items()}
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
-    name, text, replacement = FAULTS[fault]
-    edits = {name: (text, replacement)}
-    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+def test_planted_faults_are_found(fault: str, faulty: dict[str, Future[Path]]) -> None:
+    emu = Emulator(faulty[fault].result())
     with pytest.raises(AssertionError):
         for case in (*CASES[:6], CASES[16], CASES[11]):
             check(emu, case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -221,12 +222,17 @@ def test_any_order_of_threads_gives_the_same_bits(
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    faults = {name: edits for name, edits in FAULTS.items()}
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, faulty: dict[str, Future[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edits = FAULTS[fault]
-    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+    emu = Emulator(faulty[fault].result())
     emu.set_device(8)
     problem = build(cases.SPLIT[1])
     for order in ("0", "1", "2"):  # a race may be hidden by one order of execution, not by all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,15 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    faults = {name: {"depthwise_conv2d.cu": edit} for name, edit in FAULTS.items()}
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
-    edits = {"depthwise_conv2d.cu": FAULTS[fault]}
-    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+def test_planted_faults_are_found(fault: str, faulty: dict[str, Future[Path]]) -> None:
+    emu = Emulator(faulty[fault].result())
     with pytest.raises(AssertionError):
         for case in cases.DEPTHWISE:
             for layout in ("contiguous", "channels_last"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,15 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    faults = {name: {file: (text, instead)} for name, (file, text, instead) in FAULTS.items()}
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
-    name, *edit = FAULTS[fault]
-    edits = {name: [(edit[0], edit[1])]}
-    emu = Emulator(emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits=edits))
+def test_planted_faults_are_found(fault: str, faulty: dict[str, Future[Path]]) -> None:
+    emu = Emulator(faulty[fault].result())
     with pytest.raises(AssertionError, match="out of bound"):
         for case in (BASE.but(c=130, k=10, h=3, w=7), LARGE):
             for layout in LAYOUTS:

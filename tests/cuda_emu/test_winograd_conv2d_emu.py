@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -172,12 +173,16 @@ def run_all(emu: Emulator, name: str) -> None:
                 check(emu, make(at, tile, name == SPARSE))
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
+    faults = {name: {file: edit} for name, (file, edit) in FAULTS.items()}
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
-    name, edit = FAULTS[fault]
-    library = emulator.build(tmp_path / "faulty.so", flags=emulator.QUICK, edits={name: edit})
+def test_planted_faults_are_found(fault: str, faulty: dict[str, Future[Path]]) -> None:
     with pytest.raises(AssertionError):
-        run_all(Emulator(library), name)
+        run_all(Emulator(faulty[fault].result()), FAULTS[fault][0])
 
 
 def test_a_row_of_the_halo_left_out_is_found(tmp_path: Path) -> None:
