@@ -64,9 +64,9 @@ def main() -> None:
         p = make(case.but(dtype=torch.float16), 2)
         p.check(emu.winograd(p), cuda=True)
         count += 1
-    for index, chained in enumerate(chain.cases()):
+    for index, chained in enumerate(chain.cases()[::4]):
         dtype = (torch.float32, torch.float16, torch.bfloat16)[index % 3]
-        emu.set_device(smem_bytes=12 * 1024 if index % 4 == 0 else 227 * 1024)
+        emu.set_device(smem_bytes=12 * 1024 if index % 2 else 227 * 1024)
         layout = ("contiguous", "channels_last")[index // 3 % 2]
         chain_problem = build_chain(chained.but(layout=layout, dtype=dtype, integers=False))
         chain_problem.check(chain.run(emu, chain_problem))
