@@ -308,11 +308,8 @@ cudaError_t launch_fused(const ChainConv2dParams& p, const Group& g, const Ends&
   const auto kernel = chain_conv2d_fused<T, kSums>;
   ChainConv2dParams stages = p;
   for (int i = 0; i < g.count; ++i) stages.stage[i] = p.stage[g.begin + i];
-  if (g.plan.smem_bytes > kDefaultSmemBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.plan.smem_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_smem(kernel, g.plan.smem_bytes);
+  if (error != cudaSuccess) return error;
   CUDA_LAUNCH(kernel, grid_size(g.plan.work), kChainThreads, static_cast<size_t>(g.plan.smem_bytes),
               stream, stages, g.plan, e);
   return cudaGetLastError();

@@ -16,8 +16,6 @@
 namespace sparsecnn::cuda {
 
 template <typename T>
-inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-template <typename T>
 inline constexpr bool kOnTensorCores = sizeof(T) == 2;
 // Parts of a value stored as T, and of any float.
 inline constexpr int kAllParts = 3;
@@ -26,19 +24,9 @@ inline constexpr int kParts = 1;
 template <>
 inline constexpr int kParts<__half> = 2;
 
-template <typename T>
-struct alignas(16) Vector {
-  T v[kVector<T>];
-};
-struct alignas(8) Pair {
-  float v[2];
-};
-struct alignas(16) Quad {
-  float v[4];
-};
-struct alignas(16) Bits {
-  uint32_t v[4];
-};
+using Pair = Packed<float, 2>;
+using Quad = Packed<float, 4>;
+using Bits = Packed<uint32_t, 4>;
 
 // A weight, or a part of it, in shared memory.
 template <typename T>

@@ -63,6 +63,7 @@
 #include "cuda/cluster.cuh"
 #include "cuda/csr_conv2d_plan.h"
 #include "cuda/csr_conv2d_tile.cuh"
+#include "cuda/direct_filter.cuh"
 #include "cuda/entry.h"
 #include "cuda/launch.cuh"
 
@@ -233,68 +234,28 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   }
 }
 
-constexpr int kDirectPixels = 4, kDirectWarps = 8;
-
 template <typename T>
 __global__ void __launch_bounds__(kDirectWarps * 32)
     csr_conv2d_direct(const CsrConv2dParams prm, const TensorStrides xs, const TensorStrides ys,
                       int64_t work) {
   const ConvShape& s = prm.shape;
-  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  const int64_t area = s.p * s.q, spans = ceil_div(area, kDirectPixels * kWarpLanes);
-  const int32_t taps = static_cast<int32_t>(s.r * s.s), filter_w = static_cast<int32_t>(s.s);
-  const T* values = static_cast<const T*>(prm.values);
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kDirectWarps + warp; item < work;
-       item += static_cast<int64_t>(gridDim.x) * kDirectWarps) {
-    const int64_t span = item % spans, k = item / spans % s.k, n = item / spans / s.k;
-    const int64_t channel0 = k / (s.k / s.groups) * (s.c / s.groups);
-    const T* image = static_cast<const T*>(prm.x) + n * xs.n + channel0 * xs.c;
-    int64_t row[kDirectPixels], col[kDirectPixels];  // input position under the filter's origin
-    float sum[kDirectPixels];
-#pragma unroll
-    for (int i = 0; i < kDirectPixels; ++i) {
-      const int64_t at = (span * kDirectPixels + i) * kWarpLanes + lane;
-      row[i] = at / s.q * s.stride_h - s.pad_top;
-      col[i] = at % s.q * s.stride_w - s.pad_left;
-      sum[i] = 0.f;
-    }
-    const int32_t end = prm.row_ptr[k + 1];
-    for (int32_t first = prm.row_ptr[k]; first < end; first += kWarpLanes) {
-      // Each lane decodes one entry, then all lanes apply all of them.
-      const int32_t at = first + lane;
-      const int32_t column = at < end ? prm.col_idx[at] : 0;
-      const float value = at < end ? to_float(values[at]) : 0.f;
-      const int32_t c = column / taps, tap = column - c * taps, r = tap / filter_w;
-      const int64_t down = r * s.dil_h, right = (tap - r * filter_w) * s.dil_w;
-      const int64_t plane = c * xs.c;
-      const int count = end - first < kWarpLanes ? end - first : kWarpLanes;
-      for (int e = 0; e < count; ++e) {
-        const float v = __shfl_sync(kFullWarp, value, e);
-        const int64_t dy = __shfl_sync(kFullWarp, down, e);
-        const int64_t dx = __shfl_sync(kFullWarp, right, e);
-        const int64_t base = __shfl_sync(kFullWarp, plane, e);
-#pragma unroll
-        for (int i = 0; i < kDirectPixels; ++i) {
-          const int64_t h = row[i] + dy, w = col[i] + dx;
-          const bool inside = h >= 0 && h < s.h && w >= 0 && w < s.w;
-          const float in = inside ? to_float(image[base + h * xs.h + w * xs.w]) : 0.f;
-          sum[i] = fmaf(v, in, sum[i]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kDirectPixels; ++i) {
-      const int64_t at = (span * kDirectPixels + i) * kWarpLanes + lane;
-      if (at < area)
-        store_output<T>(prm, sum[i], k, n * ys.n + k * ys.c + at / s.q * ys.h + at % s.q * ys.w);
-    }
+  const int64_t spans = direct_spans(s);
+  const auto read = [&](int32_t at, int32_t* column, float* value) {
+    *column = prm.col_idx[at];
+    *value = to_float(static_cast<const T*>(prm.values)[at]);
+  };
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kDirectWarps + threadIdx.x / kWarpLanes;
+       item < work; item += static_cast<int64_t>(gridDim.x) * kDirectWarps) {
+    int64_t span, k;
+    const int64_t n = divide(divide(item, spans, &span), s.k, &k);
+    direct_filter<T>(prm, xs, ys, n, k, span, prm.row_ptr[k], prm.row_ptr[k + 1], read);
   }
 }
 
 template <typename T>
 cudaError_t launch_direct(const CsrConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
-  const int64_t work = s.n * s.k * ceil_div(s.p * s.q, kDirectPixels * kWarpLanes);
+  const int64_t work = s.n * s.k * direct_spans(s);
   CUDA_LAUNCH((csr_conv2d_direct<T>), grid_size(ceil_div(work, kDirectWarps)), kDirectWarps * 32, 0,
               stream, params, strides_of(params.layout, s.c, s.h, s.w),
               strides_of(params.layout, s.k, s.p, s.q), work);
@@ -304,11 +265,8 @@ cudaError_t launch_direct(const CsrConv2dParams& params, cudaStream_t stream) {
 template <typename T, int kVectors, int kLanes, int kRows, int kWarps>
 cudaError_t launch_tiled(const CsrConv2dParams& params, const TilePlan& plan, cudaStream_t stream) {
   const auto kernel = csr_conv2d_tiled<T, kVectors, kLanes, kRows, kWarps>;
-  if (plan.smem_bytes > kDefaultSmemBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_smem(kernel, plan.smem_bytes);
+  if (error != cudaSuccess) return error;
   const int64_t most = kMaxGrid / plan.splits;
   const unsigned grid = static_cast<unsigned>((plan.work < most ? plan.work : most) * plan.splits);
   if (plan.splits == 1)

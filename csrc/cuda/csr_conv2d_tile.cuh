@@ -48,8 +48,6 @@ struct alignas(16) Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes && kHeaderBytes % 16 == 0);
 
-constexpr int32_t kNoColumn = 2147483647;
-
 // The part of `staged` rows (or columns), `step` apart, that lies inside an image of `extent`.
 __device__ __forceinline__ void clip(int64_t origin, int64_t step, int64_t extent, int32_t staged,
                                      int32_t* first, int32_t* count) {

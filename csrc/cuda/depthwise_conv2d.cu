@@ -34,14 +34,6 @@ constexpr int kThreads = 256;
 constexpr int kTall = 8;
 constexpr int kWide = 4;
 
-template <typename T>
-inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-
-template <typename T>
-struct alignas(16) Vector {
-  T v[kVector<T>];
-};
-
 __device__ __forceinline__ int clamp(int64_t v, int most) {
   return v < 0 ? 0 : (v < most ? static_cast<int>(v) : most);
 }

@@ -64,6 +64,21 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// Elements of 16 bytes, the most that a thread reads or writes at once.
+template <typename T>
+inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Elements side by side, read or written at once if they are not more than that.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Packed {
+  T v[kCount];
+};
+template <typename T>
+using Vector = Packed<T, kVector<T>>;
+
+// Where a row of a sparse weight has no more columns: above all there are.
+inline constexpr int32_t kNoColumn = 2147483647;
+
 // Comparisons are written so that NaN passes through, as in the framework (fmaxf would drop it).
 __device__ __forceinline__ float relu6(float v) { return v < 0.f ? 0.f : (v > 6.f ? 6.f : v); }
 
@@ -130,6 +145,14 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   if (error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(&limits->smem_optin_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                 device);
+}
+
+// A kernel that takes more shared memory than the default has to ask for it.
+template <typename Kernel>
+inline cudaError_t allow_smem(Kernel* kernel, int64_t bytes) {
+  if (bytes <= kDefaultSmemBytes) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
 
 // Whether 16 bytes may be read or written at once there.

@@ -4,13 +4,7 @@
 
 namespace sparsecnn::cuda::two_four {
 
-struct alignas(16) Floats {
-  float v[4];
-};
-template <typename T>
-struct alignas(16) Vector {
-  T v[8];
-};
+using Floats = Packed<float, 4>;
 
 // The bias of filters k to k + 7, zeros where there is none; it need not be aligned.
 template <typename T>

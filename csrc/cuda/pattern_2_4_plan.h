@@ -13,6 +13,8 @@
 
 namespace sparsecnn::cuda::two_four {
 
+using Words = Packed<uint32_t, 4>;  // of the packed weight
+
 inline constexpr int kSlice = 32;  // channels of one mma.sp
 inline constexpr int kChunk = 64;  // channels of a step: 128 bytes of a pixel
 inline constexpr int kBlockFilters = 64;

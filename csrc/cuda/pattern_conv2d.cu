@@ -34,14 +34,13 @@
 // Papers: Mao et al., "Exploring the Granularity of Sparsity in Convolutional Neural Networks",
 // CVPR workshops 2017 (vectors); Park et al., "Faster CNNs with Direct Sparse Convolutions and
 // Guided Pruning", ICLR 2017 (offsets instead of a lowered input).
+#include "cuda/direct_filter.cuh"
 #include "cuda/entry.h"
 #include "cuda/mma.cuh"
 #include "cuda/pattern_conv2d_blocks.cuh"
 
 namespace sparsecnn::cuda {
 namespace {
-
-constexpr int32_t kNoColumn = 2147483647;
 
 // Copies one chunk of channels into a tile of [channel][place], zeros in the padding. `x` is the
 // chunk's first channel of the image.
@@ -226,8 +225,6 @@ __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(kPixels * kRows * k
   }
 }
 
-constexpr int kDirectPixels = 4, kDirectWarps = 8;
-
 template <typename T>
 __global__ void __launch_bounds__(kDirectWarps * 32)
     pattern_conv2d_direct(const PatternConv2dParams prm, const TensorStrides xs,
@@ -238,65 +235,27 @@ __global__ void __launch_bounds__(kDirectWarps * 32)
   int32_t* out = reinterpret_cast<int32_t*>(smem + Shape::out_at);
   int64_t* scan = reinterpret_cast<int64_t*>(smem + Shape::scan_at);
   const ConvShape& s = prm.shape;
-  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  const int64_t area = s.p * s.q, spans = ceil_div(area, kDirectPixels * kWarpLanes);
-  const int32_t taps = static_cast<int32_t>(s.r * s.s), filter_w = static_cast<int32_t>(s.s);
+  const int warp = threadIdx.x / kWarpLanes;
+  const int64_t spans = direct_spans(s);
   for (int64_t item = blockIdx.x; item < work; item += gridDim.x) {
     int64_t span, slab;
     const int64_t n = divide(divide(item, spans, &span), ceil_div(s.k, kDirectWarps), &slab);
     find_slots<Shape::threads, kDirectWarps, 1>(prm, 0, s.k, slab * kDirectWarps, slots, out, scan);
     const FilterSlot& slot = slots[warp];
     if (slot.rows == 0) continue;
-    const T* image = static_cast<const T*>(prm.x) + n * xs.n;
-    image += slot.row / (s.k / s.groups) * (s.c / s.groups) * xs.c;
     const T* values = static_cast<const T*>(prm.values) + slot.values;
-    int64_t row[kDirectPixels], col[kDirectPixels];  // input position under the filter's origin
-    float sum[kDirectPixels];
-#pragma unroll
-    for (int i = 0; i < kDirectPixels; ++i) {
-      int64_t q;
-      const int64_t p = divide((span * kDirectPixels + i) * kWarpLanes + lane, s.q, &q);
-      row[i] = p * s.stride_h - s.pad_top, col[i] = q * s.stride_w - s.pad_left;
-      sum[i] = 0.f;
-    }
-    for (int32_t first = slot.column; first < slot.column_end; first += kWarpLanes) {
-      // Each lane decodes one column, then all lanes apply all of them.
-      const int32_t at = first + lane;
-      const bool stored = at < slot.column_end;
-      const int32_t column = stored ? prm.columns[at] : 0;
-      const int64_t place = static_cast<int64_t>(at - slot.column) * slot.group_rows;
-      const float value = stored ? to_float(values[place]) : 0.f;
-      const int32_t c = column / taps, tap = column - c * taps, r = tap / filter_w;
-      const int64_t down = r * s.dil_h, right = (tap - r * filter_w) * s.dil_w, plane = c * xs.c;
-      const int32_t left = slot.column_end - first;
-      for (int e = 0; e < (left < kWarpLanes ? left : kWarpLanes); ++e) {
-        const float v = __shfl_sync(kFullWarp, value, e);
-        const int64_t dy = __shfl_sync(kFullWarp, down, e);
-        const int64_t dx = __shfl_sync(kFullWarp, right, e);
-        const T* from = image + __shfl_sync(kFullWarp, plane, e);
-#pragma unroll
-        for (int i = 0; i < kDirectPixels; ++i) {
-          const int64_t h = row[i] + dy, w = col[i] + dx;
-          const bool inside = h >= 0 && h < s.h && w >= 0 && w < s.w;
-          sum[i] = fmaf(v, inside ? to_float(from[h * xs.h + w * xs.w]) : 0.f, sum[i]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kDirectPixels; ++i) {
-      const int64_t o = (span * kDirectPixels + i) * kWarpLanes + lane;
-      int64_t q;
-      const int64_t p = divide(o, s.q, &q), k = out[warp];
-      if (o < area) store_output<T>(prm, sum[i], k, n * ys.n + k * ys.c + p * ys.h + q * ys.w);
-    }
+    const auto read = [&](int32_t at, int32_t* column, float* value) {
+      *column = prm.columns[at];
+      *value = to_float(values[static_cast<int64_t>(at - slot.column) * slot.group_rows]);
+    };
+    direct_filter<T>(prm, xs, ys, n, out[warp], span, slot.column, slot.column_end, read);
   }
 }
 
 template <typename T>
 cudaError_t launch_direct(const PatternConv2dParams& params, cudaStream_t stream) {
   const ConvShape& s = params.shape;
-  const int64_t spans = ceil_div(s.p * s.q, kDirectPixels * kWarpLanes);
-  const int64_t work = s.n * spans * ceil_div(s.k, kDirectWarps);
+  const int64_t work = s.n * direct_spans(s) * ceil_div(s.k, kDirectWarps);
   CUDA_LAUNCH((pattern_conv2d_direct<T>), grid_size(work), kDirectWarps * 32,
               (TiledShape<1, 1, 1, kDirectWarps>::outputs_at), stream, params,
               strides_of(params.layout, s.c, s.h, s.w), strides_of(params.layout, s.k, s.p, s.q),
@@ -333,11 +292,8 @@ bool launch_tiled(const PatternConv2dParams& params, int64_t budget, int64_t eno
   };
   PatternPlan plan;
   if (!plan_pattern(params, kBlock, &plan, fit) || plan.work < enough) return false;
-  if (plan.smem_bytes > kDefaultSmemBytes) {
-    *error = cudaFuncSetAttribute(pattern_conv2d_tiled<T, kPixels, kRows, kSlots, kWarps>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
-    if (*error != cudaSuccess) return true;
-  }
+  *error = allow_smem(pattern_conv2d_tiled<T, kPixels, kRows, kSlots, kWarps>, plan.smem_bytes);
+  if (*error != cudaSuccess) return true;
   CUDA_LAUNCH((pattern_conv2d_tiled<T, kPixels, kRows, kSlots, kWarps>), grid_size(plan.work),
               kWarps * 32, plan.smem_bytes, stream, params, plan);
   *error = cudaGetLastError();

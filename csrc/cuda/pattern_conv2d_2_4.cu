@@ -39,10 +39,6 @@ namespace sparsecnn::cuda {
 namespace two_four {
 namespace {
 
-// Sixteen bytes that are read or written at once.
-struct alignas(16) Words {
-  uint32_t v[4];
-};
 // A pixel of the output as the place of its window in x; 16 bytes, read at once.
 struct alignas(16) Pixel {
   int64_t offset;       // bytes to (row, column, channel 0) in x, also where that is outside
@@ -284,8 +280,7 @@ template <typename T, class Tile>
 cudaError_t launch_gemm(const PatternConv2dParams& prm, const Plan& plan,
                         const unsigned char* packed, float* partial, cudaStream_t stream) {
   const auto kernel = pattern_conv2d_2_4_gemm<T, Tile>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSmemBytes);
+  const cudaError_t error = allow_smem(kernel, Tile::kSmemBytes);
   if (error != cudaSuccess) return error;
   const int64_t filter_tiles = ceil_div(prm.shape.k, Tile::kFilters);
   const int64_t tiles = filter_tiles * ceil_div(plan.pixels, Tile::kPixels);

@@ -19,10 +19,6 @@ namespace {
 constexpr int kPackThreads = 128;
 constexpr int kPackWarps = kPackThreads / kWarpLanes;
 
-struct alignas(16) Words {
-  uint32_t v[4];
-};
-
 // The stored pair of a quad of channels and its places, two bits each, ascending.
 struct Pair {
   uint32_t values, places;

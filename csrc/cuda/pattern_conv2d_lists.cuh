@@ -8,14 +8,7 @@ namespace sparsecnn::cuda {
 
 inline constexpr int kEight = 8;  // filters, channels: half types in 16 bytes
 
-template <typename T>
-struct alignas(16) Vector8 {
-  T v[kEight];
-};
-
-struct alignas(16) Entries4 {
-  int32_t v[4];
-};
+using Entries4 = Packed<int32_t, 4>;
 
 // The columns of a chunk and piece: `full` octets of channels, then single columns from the next
 // multiple of 16 on; `steps` products of 16 columns in all.
@@ -56,10 +49,10 @@ __device__ __forceinline__ void stage_octets(const T* __restrict__ x, const Stag
       return;
     }
     const int left = inside ? channels - octet * kEight : 0;
-    Vector8<T> all;
+    Vector<T> all;
 #pragma unroll
     for (int v = 0; v < kEight; ++v) all.v[v] = v < left ? first[v * t.x_c] : from_float<T>(0.f);
-    *reinterpret_cast<Vector8<T>*>(to) = all;
+    *reinterpret_cast<Vector<T>*>(to) = all;
   };
   const int octets = (channels + kEight - 1) / kEight;
   if (t.channels_last) {  // lanes along the channels

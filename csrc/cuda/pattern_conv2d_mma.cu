@@ -191,11 +191,11 @@ __global__ void __launch_bounds__(Shape::threads, Shape::kM == 4 ? 2 : 3)
           copy_async<16>(to, column < 0 ? values : from, column >= 0);
           continue;
         }
-        Vector8<T> all;
+        Vector<T> all;
 #pragma unroll
         for (int v = 0; v < kEight; ++v)
           all.v[v] = column >= 0 && v < slot.rows ? from[v] : from_float<T>(0.f);
-        *reinterpret_cast<Vector8<T>*>(to) = all;
+        *reinterpret_cast<Vector<T>*>(to) = all;
       }
     };
     const auto multiply = [&](int step, int round, int buffer) {
@@ -356,11 +356,8 @@ bool launch_mma(const PatternConv2dParams& params, int64_t budget, int64_t enoug
   };
   PatternPlan plan;
   if (!plan_pattern(params, kBlock, &plan, fit) || plan.work < enough) return false;
-  if (plan.smem_bytes > kDefaultSmemBytes) {
-    *error = cudaFuncSetAttribute(pattern_conv2d_mma<T, Shape>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_bytes);
-    if (*error != cudaSuccess) return true;
-  }
+  *error = allow_smem(pattern_conv2d_mma<T, Shape>, plan.smem_bytes);
+  if (*error != cudaSuccess) return true;
   plan.input_vectors = plan.channels_last && plan.channels % kEight == 0 && aligned(params.x);
   plan.value_vectors = aligned(params.values);
   CUDA_LAUNCH((pattern_conv2d_mma<T, Shape>), grid_size(plan.work), Shape::threads, plan.smem_bytes,

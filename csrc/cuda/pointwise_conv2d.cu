@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
           if constexpr (kInnermost) {
 #pragma unroll
             for (int v = 0; v < 4; ++v) {
-              const auto row = *reinterpret_cast<const Floats<kOwnFilters>*>(
+              const auto row = *reinterpret_cast<const Packed<float, kOwnFilters>*>(
                   w_tile + (c + v) * Tile::kWPitch + filter0);
 #pragma unroll
               for (int j = 0; j < kOwnFilters; ++j) w[v][j] = row.v[j];
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
           } else {
 #pragma unroll
             for (int j = 0; j < kOwnFilters; ++j) {
-              const auto row = *reinterpret_cast<const Floats<4>*>(
+              const auto row = *reinterpret_cast<const Packed<float, 4>*>(
                   w_tile + (filter0 + j * kFilterStep) * Tile::kWPitch + c);
 #pragma unroll
               for (int v = 0; v < 4; ++v) w[v][j] = row.v[v];
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
             for (int v = 0; v < 4; ++v) {
               const int at = kNhwc ? (down + (i + v) * kDown) * Tile::kXPitch + c
                                    : (c + v) * Tile::kXPitch + down * 4 + i * kDown;
-              const auto in = *reinterpret_cast<const Floats<4>*>(x_tile + at);
+              const auto in = *reinterpret_cast<const Packed<float, 4>*>(x_tile + at);
 #pragma unroll
               for (int u = 0; u < 4; ++u) (kNhwc ? x[u][v] : x[v][u]) = in.v[u];
             }

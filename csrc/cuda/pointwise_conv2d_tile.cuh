@@ -12,10 +12,6 @@ namespace sparsecnn::cuda::pointwise {
 inline constexpr int kStages = 3;
 inline constexpr int kStepBytes = 64;
 
-// Elements of 16 bytes.
-template <typename T>
-inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-
 // Shapes of the staged tiles, each as it lies in memory: x as [pixel][c] (channels last) or
 // [c][pixel], W as [filter][c] or, filters innermost, as [c][filter].
 template <typename T, bool kNhwc, bool kInnermost, int kPixels, int kFilters>
@@ -51,11 +47,6 @@ __device__ __forceinline__ void stage_vector(T* to, const T* from, int width, in
     for (int i = 0; i < kV; ++i) to[i] = i < count ? from[i * step] : from_float<T>(0.f);
   }
 }
-
-template <int kCount>
-struct alignas(kCount * sizeof(float)) Floats {
-  float v[kCount];
-};
 
 // Elements that may be copied at once where `run` of them lie side by side and every run starts at
 // a multiple of `pitch` elements from `base`.

@@ -51,9 +51,7 @@ struct MmaBlock {
 };
 
 template <typename T>
-struct alignas(4) Pair {
-  T v[2];
-};
+using Pair = Packed<T, 2>;
 
 // The pixels of a tile of channels c and c + 1, c even; `x` is channel 0 of the group.
 template <typename T>

@@ -46,8 +46,6 @@ struct alignas(8) Span {
   int32_t at, end;
 };
 
-constexpr int32_t kNoColumn = 2147483647;
-
 // Column i of A^T: the powers of its point. By arithmetic, since a table in local or constant
 // memory would cost more.
 template <int M>

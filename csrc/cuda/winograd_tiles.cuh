@@ -241,11 +241,6 @@ __device__ __forceinline__ void stage_tiles(const T* __restrict__ x, const Winog
   }
 }
 
-template <typename T, int kCount>
-struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Packed {
-  T v[kCount];
-};
-
 // Row r of a tile of outputs of filter k: y is that of place.y and channel 0.
 template <typename T, int M>
 __device__ __forceinline__ void store_row(const ConvParams& prm, const WinogradPlan& plan,
@@ -310,13 +305,5 @@ __device__ __forceinline__ void finish_tile(const ConvParams& prm, const Winogra
 cudaError_t winograd_dense(const WinogradConv2dParams& params, cudaStream_t stream);
 cudaError_t winograd_sparse(const WinogradConv2dParams& params, cudaStream_t stream);
 cudaError_t winograd_mma(const WinogradConv2dParams& params, cudaStream_t stream);
-
-// A kernel that takes more shared memory than the default has to ask for it.
-template <typename Kernel>
-inline cudaError_t allow_smem(Kernel* kernel, int64_t bytes) {
-  if (bytes <= kDefaultSmemBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
-}
 
 }  // namespace sparsecnn::cuda

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests import reference
-from tests.cases import ConvCase, Problem, build
+from tests.cases import build
 from tests.cuda_emu import cases, emulator
-from tests.cuda_emu.emulator import Emulator, PatternParams
-from tests.ops.pattern import CUTS, NAMES, PatternProblem, pack
+from tests.cuda_emu.emulator import Emulator
+from tests.ops.pattern import CUTS, PatternProblem, pack
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -164,7 +164,9 @@ FAULTS = {
     "no wait for a chunk": (".cu", _WAIT, "if (!FAULT) copy_async_wait<0>();"),
     "a batch's first column left out": (".cu", "e = 0; e < count;", "e = FAULT; e < count;"),
     "values of another row": (".cu", "slot.values + lane %", "slot.values + (lane + FAULT) %"),
-    "direct: a row of the halo": (".cu", "h >= 0 && h < s.h", "h >= FAULT && h < s.h"),
+    "direct: a row of the halo": (
+        "direct_filter.cuh", "h >= 0 && h < s.h", "h >= FAULT && h < s.h",
+    ),
     "a row of the halo": ("_blocks.cuh", "h < t.h &&", "h < t.h - FAULT &&"),
     "a column of the halo": ("_blocks.cuh", "w >= 0 &&", "w >= FAULT &&"),
     "values of other groups": ("_blocks.cuh", "-= own_values;", "-= own_values, value >>= FAULT;"),
@@ -198,7 +200,8 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (where, text, instead) in enumerate(FAULTS.values()):
         asked = f'(atoi(getenv("PLANTED")) == {number})'
         edit = text, instead.replace("FAULT", asked)
-        edits.setdefault(f"pattern_conv2d{where}", []).append(edit)
+        name = where if where[0].isalpha() else f"pattern_conv2d{where}"
+        edits.setdefault(name, []).append(edit)
     folder = tmp_path_factory.mktemp("edited")
     return emulator.build(folder / "edited.so", flags=emulator.QUICK, edits=edits)
 
@@ -269,29 +272,9 @@ def test_nan_passes_every_activation(emu: Emulator) -> None:
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
-    # 4.4 GB of addresses, of which the stride touches the corners only.
-    side, stride = 33_000, 32_999
-    x, corners = cases.huge_image(layout, side)
     for k, cut, kernel in ((3, 3, "direct"), (8, 2, "tiled"), (8, 8, "mma")):
-        case = ConvCase(n=1, c=2, h=side, w=side, k=k, kernel=(1, 1), density=1).but(
-            padding=(0, 0, 0, 0), stride=(stride, stride), bias=False, dtype=torch.float16
-        )
         weight = torch.arange(1, 2 * k + 1).half().view(k, 2, 1, 1)
-        empty = torch.empty(0, dtype=torch.int32)
-        packed = pack(Problem(case, x, weight, weight.view(-1), empty, empty, None, None), cut)
-        y = torch.full((1, k, 2, 2), float("nan"), dtype=torch.float16)
-        y = y.contiguous(memory_format=torch.channels_last) if layout else y
-        arrays = zip(NAMES, packed.arrays, strict=True)
-        emu.pattern_raw(
-            PatternParams(
-                shape=emulator.shape_of(packed.problem),
-                dtype=2,
-                layout=layout,
-                x=x.data_ptr(),
-                y=y.data_ptr(),
-                filter_groups=packed.arrays[3].numel() - 1,
-                **{name: array.data_ptr() for name, array in arrays},
-            )
-        )
+        problem, corners = cases.huge_problem(layout, weight)
+        y = emu.pattern(pack(problem, cut))
         assert kernel in emu.kernel
         assert torch.equal(y.double(), reference.conv2d(corners, weight))
