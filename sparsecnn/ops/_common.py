@@ -110,6 +110,16 @@ def run_op(
         raise
 
 
+def is_plain_inference() -> bool:
+    """Whether neither compilation, a tape, autocast nor a transform of ``torch.func`` looks on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or _autocast_anywhere()
+        or _transform() is not None
+    )
+
+
 def try_quick(
     op: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -129,14 +139,7 @@ def try_quick(
         optional: bias and residual.
     """
     x = arguments[0]
-    if (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or not x.is_cpu
-        or torch.is_grad_enabled()
-        or _autocast_anywhere()
-        or _transform() is not None
-    ):
+    if type(x) is not Tensor or not x.is_cpu or not is_plain_inference():
         return None
     # Which implementation sees the arguments is decided by all of them.
     for t in needed:
@@ -179,10 +182,12 @@ def fake_output(
 
 def fake_image(x: Tensor, k: Any, p: Any, q: Any) -> Tensor:
     """`fake_output` of a known size."""
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
-        (x.shape[0], k, p, q),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        (x.shape[0], k, p, q), dtype=x.dtype, device=x.device, memory_format=output_format(x)
     )
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """The memory format that an op gives its output, and brings other images into."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsecnn.formats.csr import CSRWeight
 from sparsecnn.ops._check import ACTIVATIONS, Geometry, out_extent
+from sparsecnn.ops._common import is_plain_inference, output_format
 from sparsecnn.ops._csr_source import Source, Unsuitable, generate
 from sparsecnn.ops._csr_tiles import plan
 from sparsecnn.ops._cuda_driver import DriverError, Function
@@ -46,10 +47,6 @@ def set_tensors(
     args.bias = None if bias is None else bias.data_ptr()
     args.residual = None if residual is None else residual.data_ptr()
     args.activation = ACTIVATIONS.index(activation)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _architecture(device: torch.device) -> str:
@@ -163,8 +160,8 @@ class SpecializedConv:
             return None
         if residual is not None and (not self._is_ours(residual) or residual.shape != shape):
             return None
-        channels_last = _is_channels_last(x)
-        order = torch.channels_last if channels_last else torch.contiguous_format
+        order = output_format(x)
+        channels_last = order is torch.channels_last
         key = (*x.shape, channels_last)
         planned = self._plans.get(key)
         if planned is None:
@@ -199,12 +196,12 @@ class SpecializedConv:
 
 
 def is_plain_call() -> bool:
-    """Whether nothing but the result is asked for: no tape, tracing, autocast or other mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+    """Whether nothing but the result is asked for: no tape, tracing, autocast or other mode.
+
+    The op can be called under tracing and dispatch modes, which see it; this code they would not.
+    """
+    return (
+        is_plain_inference()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
     )
