@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import ConvCase
+from tests import reference
+from tests.cases import ConvCase, Problem, build
 
 # 9 filters: two warps of the smallest block get a second filter block, most stay without a row.
 BASE = ConvCase(n=2, c=5, h=9, w=8, k=9, density=0.3, integers=True)
@@ -185,3 +187,37 @@ def huge_image(layout: int, side: int, channels: int = 2) -> tuple[Tensor, Tenso
     corners = x[:, :, :: side - 1, :: side - 1]
     corners.copy_(torch.arange(1, 4 * channels + 1).view(1, channels, 2, 2))
     return x, corners
+
+
+def huge_problem(layout: int, weight: Tensor, groups: int = 1) -> tuple[Problem, Tensor]:
+    """A half-precision 1x1 layer on a `huge_image`, whose stride touches the corners only.
+
+    4.4 GB of addresses.
+
+    Args:
+        layout: NCHW (0) or NHWC (1).
+        weight: (K, 2 / groups, 1, 1).
+        groups: of the layer.
+
+    Returns:
+        The problem, without a bias, and the corners (1, 2, 2, 2).
+    """
+    side = 33_000
+    x, corners = huge_image(layout, side)
+    case = ConvCase(n=1, c=2, h=side, w=side, k=len(weight), kernel=(1, 1), groups=groups).but(
+        padding=(0, 0, 0, 0), stride=(side - 1, side - 1), bias=False, dtype=torch.float16,
+        pattern="full", density=1.0,
+    )  # fmt: skip
+    empty = torch.empty(0, dtype=torch.int32)
+    return Problem(case, x, weight, weight.view(-1), empty, empty, None, None), corners
+
+
+def check_nan_passes(run: Callable[[Problem], Tensor], base: ConvCase) -> None:
+    """A NaN in the bias reaches its channel through every activation, and no other channel."""
+    for activation in reference.ACTIVATIONS:
+        for layout in ("contiguous", "channels_last"):
+            problem = build(base.but(integers=False, activation=activation, layout=layout))
+            assert problem.bias is not None
+            problem.bias[3] = float("nan")
+            hit = run(problem).isnan()
+            assert bool(hit[:, 3].all()) and int(hit.sum()) == hit[:, 3].numel(), activation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ def emu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emu(emu_library: Path) -> Emulator:
     return Emulator(emu_library)
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Path]]:
+    """A library for each of the module's `FAULTS`, see `emulator.build_faulty`."""
+    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), request.module.FAULTS)
 
 
 @pytest.fixture(params=["0", "1", "2"])

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -166,6 +167,13 @@ def build(
     return output
 
 
+_MIRRORS: dict[str, type[ctypes.Structure]] = {
+    "params": ForwardParams,
+    "depthwise_params": DepthwiseParams,
+    "pattern_params": PatternParams,
+    "winograd_params": WinogradParams,
+    "pointwise_params": PointwiseParams,
+}
 Edits = Mapping[str, "tuple[str, str] | list[tuple[str, str]]"]
 
 
@@ -243,6 +251,23 @@ def sanitizer_environment() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": options}
 
 
+def run_sanitized(module: str, library: Path) -> None:
+    """Run a module of cases, `python -m`, on a library built with `SANITIZED`.
+
+    Raises:
+        AssertionError: a sanitizer or a case objects; with the end of what they say.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", module, str(library)],
+        env=sanitizer_environment(),
+        cwd=CSRC.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-4000:]
+    assert "cases passed" in child.stdout
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -254,21 +279,15 @@ class Emulator:
         self._lib = ctypes.CDLL(str(library))
         for name in ("emu_message", "emu_kernel", "emu_error_string"):
             getattr(self._lib, name).restype = ctypes.c_char_p
-        self._lib.emu_sizeof_params.restype = ctypes.c_size_t
-        self._lib.emu_sizeof_depthwise_params.restype = ctypes.c_size_t
-        self._lib.emu_sizeof_pattern_params.restype = ctypes.c_size_t
         self._lib.emu_pattern_conv2d_2_4_workspace_bytes.restype = ctypes.c_int64
-        self._lib.emu_sizeof_winograd_params.restype = ctypes.c_size_t
-        self._lib.emu_sizeof_pointwise_params.restype = ctypes.c_size_t
         self._lib.emu_launches.restype = ctypes.c_int64
         self._lib.emu_half_value.restype = ctypes.c_float
         for name in ("emu_half_bits", "emu_bfloat16_bits", "emu_tf32_bits"):
             getattr(self._lib, name).argtypes = [ctypes.c_float]
-        assert self._lib.emu_sizeof_params() == ctypes.sizeof(ForwardParams)
-        assert self._lib.emu_sizeof_depthwise_params() == ctypes.sizeof(DepthwiseParams)
-        assert self._lib.emu_sizeof_pattern_params() == ctypes.sizeof(PatternParams)
-        assert self._lib.emu_sizeof_winograd_params() == ctypes.sizeof(WinogradParams)
-        assert self._lib.emu_sizeof_pointwise_params() == ctypes.sizeof(PointwiseParams)
+        for name, mirror in _MIRRORS.items():
+            size = getattr(self._lib, f"emu_sizeof_{name}")
+            size.restype = ctypes.c_size_t
+            assert size() == ctypes.sizeof(mirror), name
         self.set_device()
 
     def set_device(

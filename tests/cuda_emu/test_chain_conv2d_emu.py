@@ -145,7 +145,7 @@ def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.Mo
     check(emu, WIDE_FILTER.but(h=50, w=42))
 
 
-FAULTS = {
+_FAULTS = {
     "no barrier before the products": (
         "chain_conv2d_dense.cuh",
         "    __syncthreads();  // weights and inputs are there, all have used the other buffer\n",
@@ -175,12 +175,7 @@ FAULTS = {
         "chain_conv2d.cu", "inputs, c0 + s.chunk, smem", "inputs, c0, smem",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: {file: (text, instead)} for name, (file, text, instead) in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+FAULTS = {name: {file: (text, instead)} for name, (file, text, instead) in _FAULTS.items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -222,12 +220,6 @@ def test_any_order_of_threads_gives_the_same_bits(
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: edits for name, edits in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(
     fault: str, faulty: dict[str, Future[Path]], monkeypatch: pytest.MonkeyPatch
@@ -371,12 +363,4 @@ def test_grad_values_summed_by_a_block(emu: Emulator, thread_order: str) -> None
 
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     library = emulator.build(tmp_path / "sanitized.so", flags=emulator.SANITIZED)
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.cuda_emu.sanitized", str(library)],
-        env=emulator.sanitizer_environment(),
-        cwd=emulator.CSRC.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    assert "cases passed" in child.stdout
+    emulator.run_sanitized("tests.cuda_emu.sanitized", library)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests import reference
-from tests.cases import ConvCase, Problem, build
+from tests.cases import ConvCase, build
 from tests.cuda_emu import cases, emulator
-from tests.cuda_emu.emulator import DepthwiseParams, Emulator
+from tests.cuda_emu.emulator import Emulator
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -89,7 +89,7 @@ def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.Mo
     direct.check(emu.depthwise(direct))
 
 
-FAULTS = {
+_FAULTS = {
     "no barrier behind the filters": (
         """    __syncthreads();
     const int64_t strip = chunk""",
@@ -101,12 +101,7 @@ FAULTS = {
     "the last row left out": ("if (p0 + i < s.p)", "if (p0 + i < s.p - 1)"),
     "the last column left out": ("if (q0 + i >= s.q) break;", "if (q0 + i >= s.q - 1) break;"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: {"depthwise_conv2d.cu": edit} for name, edit in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+FAULTS = {name: {"depthwise_conv2d.cu": edit} for name, edit in _FAULTS.items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -133,37 +128,11 @@ def test_refusals(emu: Emulator) -> None:
 
 
 def test_nan_passes_every_activation(emu: Emulator) -> None:
-    for activation in reference.ACTIVATIONS:
-        for layout in ("contiguous", "channels_last"):
-            problem = build(BASE.but(integers=False, activation=activation, layout=layout))
-            assert problem.bias is not None
-            problem.bias[3] = float("nan")
-            y = emu.depthwise(problem)
-            others = [0, 1, 2, 4, 5, 6, 7]
-            assert bool(y[:, 3].isnan().all()) and not bool(y[:, others].isnan().any()), activation
+    cases.check_nan_passes(emu.depthwise, BASE)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
-    # 4.4 GB of addresses, of which the stride touches the corners only.
-    side, stride = 33_000, 32_999
-    x, corners = cases.huge_image(layout, side)
-    case = ConvCase(n=1, c=2, h=side, w=side, k=2, kernel=(1, 1), groups=2, pattern="full").but(
-        padding=(0, 0, 0, 0), stride=(stride, stride), bias=False, dtype=torch.float16
-    )
     weight = torch.tensor([3.0, 5.0], dtype=torch.float16).view(2, 1, 1, 1)
-    empty = torch.empty(0, dtype=torch.int32)
-    problem = Problem(case, x, weight, weight.view(-1), empty, empty, None, None)
-    y = torch.full((1, 2, 2, 2), float("nan"), dtype=torch.float16)
-    y = y.contiguous(memory_format=torch.channels_last) if layout else y
-    emu.depthwise_raw(
-        DepthwiseParams(
-            shape=emulator.shape_of(problem),
-            dtype=2,
-            layout=layout,
-            x=x.data_ptr(),
-            y=y.data_ptr(),
-            weight=weight.data_ptr(),
-        )
-    )
-    assert torch.equal(y, corners * weight.view(1, 2, 1, 1))
+    problem, corners = cases.huge_problem(layout, weight, groups=2)
+    assert torch.equal(emu.depthwise(problem), corners * weight.view(1, 2, 1, 1))

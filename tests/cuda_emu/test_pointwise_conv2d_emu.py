@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests import reference
-from tests.cases import ConvCase, Problem, build
+from tests.cases import ConvCase, build
 from tests.chains import WEIGHT_ORDERS, in_order
 from tests.cuda_emu import cases, emulator
-from tests.cuda_emu.emulator import Emulator, PointwiseParams
+from tests.cuda_emu.emulator import Emulator
 
 pytestmark = pytest.mark.skipif(emulator.CXX is None, reason="the emulator needs g++")
 
@@ -94,7 +94,7 @@ def test_blocks_loop_when_the_grid_is_full(emu: Emulator, monkeypatch: pytest.Mo
                 problem.check(emu.pointwise(problem))
 
 
-FAULTS = {
+_FAULTS = {
     "no barrier behind the copies": (
         "__syncthreads();  // all copies of this step",
         "// all copies of this step",
@@ -120,12 +120,7 @@ FAULTS = {
     ),
     "one output off": ("down * 4 + i / 4 * 4 * kDown + i % 4", "down * 4 + i / 4 * 4 * kDown + 1"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: {"pointwise_conv2d.cu": edit} for name, edit in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+FAULTS = {name: {"pointwise_conv2d.cu": edit} for name, edit in _FAULTS.items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -157,37 +152,12 @@ def test_refusals(emu: Emulator) -> None:
 
 
 def test_nan_passes_every_activation(emu: Emulator) -> None:
-    for activation in reference.ACTIVATIONS:
-        for layout in LAYOUTS:
-            problem = build(BASE.but(integers=False, activation=activation, layout=layout))
-            assert problem.bias is not None
-            problem.bias[3] = float("nan")
-            y = emu.pointwise(problem)
-            others = [0, 1, 2, 4, 5, 6, 7, 8]
-            assert bool(y[:, 3].isnan().all()) and not bool(y[:, others].isnan().any()), activation
+    cases.check_nan_passes(emu.pointwise, BASE)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_offsets_beyond_32_bits(emu: Emulator, layout: int) -> None:
-    # 4.4 GB of addresses, of which the stride touches the corners only.
-    side, stride = 33_000, 32_999
-    x, corners = cases.huge_image(layout, side)
-    case = BASE.but(n=1, c=2, h=side, w=side, k=2, stride=(stride, stride), dtype=torch.float16)
     weight = torch.tensor([[3.0, 5.0], [-1.0, 2.0]], dtype=torch.float16).view(2, 2, 1, 1)
-    empty = torch.empty(0, dtype=torch.int32)
-    problem = Problem(case, x, weight, weight.view(-1), empty, empty, None, None)
-    y = torch.full((1, 2, 2, 2), float("nan"), dtype=torch.float16)
-    y = y.contiguous(memory_format=torch.channels_last) if layout else y
-    emu.pointwise_raw(
-        PointwiseParams(
-            shape=emulator.shape_of(problem),
-            dtype=2,
-            layout=layout,
-            x=x.data_ptr(),
-            y=y.data_ptr(),
-            weight=weight.data_ptr(),
-            weight_stride=(2, 1),
-        )
-    )
+    problem, corners = cases.huge_problem(layout, weight)
     want = torch.einsum("kc,nchw->nkhw", weight[..., 0, 0].float(), corners.float())
-    assert torch.equal(y.float(), want)
+    assert torch.equal(emu.pointwise(problem).float(), want)

@@ -112,7 +112,7 @@ def test_nan_and_infinity_pass(emu: Emulator) -> None:
 
 
 TILE, KERNEL = "pointwise_conv2d_tile.cuh", "pointwise_conv2d.cu"
-FAULTS = {
+_FAULTS = {
     "fragments not rounded": (
         TILE,
         "for (uint32_t& v : part) v = to_tf32(__uint_as_float(v));",
@@ -131,12 +131,7 @@ FAULTS = {
     "outputs of the left half twice": (TILE, "lane / 4 + v / 2 * 8]", "lane / 4]"),
     "filters of the upper half twice": (TILE, "row + lane / 4 + v % 2 * 8]", "row + lane / 4]"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: {file: (text, instead)} for name, (file, text, instead) in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
+FAULTS = {name: {file: (text, instead)} for name, (file, text, instead) in _FAULTS.items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

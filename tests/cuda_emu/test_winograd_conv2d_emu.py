@@ -139,7 +139,7 @@ def test_blocks_loop_when_the_grid_is_full(emu: Emulator, thread_order: str) -> 
 
 
 # Where, and what is planted.
-FAULTS = {
+_FAULTS = {
     "no barrier behind the tiles": (
         DENSE,
         ("__syncthreads();  // and what all have copied and transformed is there", ""),
@@ -157,6 +157,7 @@ FAULTS = {
     ),
     "the second channel of a pair": (MMA, ("if (pixel && second)", "if (pixel && !second)")),
 }  # fmt: skip
+FAULTS = {name: {file: edit} for name, (file, edit) in _FAULTS.items()}
 
 
 def run_all(emu: Emulator, name: str) -> None:
@@ -173,16 +174,10 @@ def run_all(emu: Emulator, name: str) -> None:
                 check(emu, make(at, tile, name == SPARSE))
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    faults = {name: {file: edit} for name, (file, edit) in FAULTS.items()}
-    return emulator.build_faulty(tmp_path_factory.mktemp("faulty"), faults)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, faulty: dict[str, Future[Path]]) -> None:
     with pytest.raises(AssertionError):
-        run_all(Emulator(faulty[fault].result()), FAULTS[fault][0])
+        run_all(Emulator(faulty[fault].result()), _FAULTS[fault][0])
 
 
 def test_a_row_of_the_halo_left_out_is_found(tmp_path: Path) -> None:
