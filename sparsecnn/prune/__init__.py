@@ -7,6 +7,7 @@ selection (scores to masks), budget and schedule (how much, when).
 
 from .api import config_from_dict, config_to_dict, prune, prune_
 from .budget import Budget
+from .calibration import Batches, register_collector
 from .granularity import (
     NM,
     Block,
@@ -34,13 +35,25 @@ from .protocols import (
     Stats,
 )
 from .pruner import Pruner
+from .regrowth import ReactivateAll, Splice
 from .report import LayerSparsity, SparsityReport, sparsity
-from .schedule import Event, OneShot, Polynomial
+from .schedule import (
+    Alternating,
+    Event,
+    Iterative,
+    LayerByLayer,
+    OneShot,
+    Polynomial,
+    Probabilistic,
+)
 from .selection import TopK
 from .targets import Target, find_targets
+from .threshold import Threshold
 
 __all__ = [
     "NM",
+    "Alternating",
+    "Batches",
     "Block",
     "Budget",
     "Calibration",
@@ -48,21 +61,27 @@ __all__ = [
     "Event",
     "Granularity",
     "Importance",
+    "Iterative",
+    "LayerByLayer",
     "LayerSparsity",
     "Magnitude",
     "Mask",
     "OneShot",
     "Polynomial",
+    "Probabilistic",
     "PruneConfig",
     "Pruner",
     "Random",
+    "ReactivateAll",
     "Regrowth",
     "Regularizer",
     "Schedule",
     "Selector",
     "SparsityReport",
+    "Splice",
     "Stats",
     "Target",
+    "Threshold",
     "TopK",
     "block",
     "channel",
@@ -77,6 +96,7 @@ __all__ = [
     "parse_granularity",
     "prune",
     "prune_",
+    "register_collector",
     "register_importance",
     "shape",
     "sparsity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .budget import Budget
 from .granularity import NM, Axes, Block, element, parse
@@ -17,6 +17,7 @@ from .protocols import (
     Schedule,
     Selector,
 )
+from .running import PREFIX
 from .schedule import Polynomial
 from .selection import TopK
 
@@ -53,9 +54,10 @@ def check_parts(pruner: Pruner) -> None:
             f"Pruner: expected a budget for {type(pruner.selector).__name__}, got None; pass "
             "Budget(sparsity=...) or an importance with sparsity=..."
         )
-    if pruner.needs and pruner.calibration is None:
+    measured = sorted(need for need in pruner.needs if not need.startswith(PREFIX))
+    if measured and pruner.calibration is None:
         raise ValueError(
-            f"Pruner: expected calibration to collect {', '.join(sorted(pruner.needs))}, got None"
+            f"Pruner: expected calibration to collect {', '.join(measured)}, got None"
         )
     if pruner.budget is not None and isinstance(pruner.selector, TopK):
         pruner.selector.check(pruner.targets, pruner.granularity, pruner.budget)
@@ -70,6 +72,37 @@ def check_parts(pruner: Pruner) -> None:
             raise ValueError(
                 f"Pruner: expected Polynomial.initial <= sparsity {final:g}, got "
                 f"{pruner.schedule.initial:g}"
+            )
+
+
+def check_state(pruner: Pruner, state: dict[str, Any]) -> None:
+    """Refuse the state of a pruner of another version, of other layers or of other parts.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if state.get("version") != 1:
+        raise ValueError(
+            f"Pruner.load_state_dict: expected version 1, got {state.get('version')!r}"
+        )
+    wanted = {t.key: tuple(t.shape) for t in pruner.targets}
+    kept = {"masks": wanted, "base": wanted}
+    expected: dict[str, dict[str, tuple[int, ...]]] = dict(kept)
+    for need, values in pruner.running.values.items():
+        expected[need] = {t.key: tuple(value.shape) for t, value in values.items()}
+    found = {name: state[name] for name in kept} | state.get("running", {})
+    if sorted(found) != sorted(expected):
+        raise ValueError(
+            f"Pruner.load_state_dict: expected {', '.join(sorted(expected))}, got "
+            f"{', '.join(sorted(found))}"
+        )
+    for name, shapes in expected.items():
+        got = {key: tuple(value.shape) for key, value in found[name].items()}
+        if got != shapes:
+            differing = sorted(k for k in {*got, *shapes} if got.get(k) != shapes.get(k))
+            raise ValueError(
+                f"Pruner.load_state_dict: expected {name} for the pruned layers, got a "
+                f"difference at {', '.join(differing[:5])}"
             )
 
 

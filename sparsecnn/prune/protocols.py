@@ -77,7 +77,9 @@ class Selector(Protocol):
     """The only kind of part that turns scores into masks.
 
     Optional attributes: `uses_scores` and `uses_budget` (True where there is none) say whether
-    `Pruner` must be given an importance and a budget.
+    `Pruner` must be given an importance and a budget. `sequential` (False where there is none)
+    asks for the targets one by one, in their order: each is selected, compensated and masked
+    before the statistics of the next one are collected.
     """
 
     @property
@@ -102,7 +104,9 @@ class Selector(Protocol):
             granularity: the partition the scores and the result refer to.
             budget: how much may stay at this event.
             stats: what the calibration measured, None if nobody needed anything.
-            current: bool, shape of W on the CPU: entries that may live. False stays dead.
+            current: bool, shape of W on the CPU: entries that may live. False stays dead. In mask
+                mode "ste" without a regrowth all entries may come back; with one, those that
+                are dead now wait for it.
 
         Returns:
             (n_groups,) bool on the CPU per target, True = keep.
@@ -140,7 +144,12 @@ class Schedule(Protocol):
 class Regrowth(Protocol):
     """Which dead entries come back at a regrow event."""
 
-    def regrow(self, t: Target, mask: Tensor) -> Tensor:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `Stats` must hold for this part; empty for nothing."""
+        ...
+
+    def regrow(self, t: Target, mask: Tensor, stats: Stats | None) -> Tensor:
         """New bool mask, shape and device of `mask`. Revived entries restart from 0 in "hard"."""
         ...
 

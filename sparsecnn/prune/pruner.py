@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from . import mask as masking
 from .budget import Budget
 from .importance import Random
-from .parts import check_parts, choose_budget, choose_granularity, choose_selector
+from .parts import check_parts, check_state, choose_budget, choose_granularity, choose_selector
 from .protocols import (
     Calibration,
     Compensator,
@@ -42,6 +42,7 @@ from .protocols import (
     Stats,
 )
 from .report import SparsityReport, report_of
+from .running import PREFIX, Running
 from .schedule import Event, OneShot
 from .selection import plan_masks
 from .targets import Target, check_maskable, find_targets, refuse_sparse_layers
@@ -122,6 +123,7 @@ class Pruner:
         self._optimizer: torch.optim.Optimizer | None = None
         self._hook: RemovableHandle | None = None
         self._finalized = False
+        self.running = Running(self.needs, self.targets)
         # Everything is checked; from here on the model changes.
         self._base = {t: masking.living(t, keep_zeros) for t in self.targets}
         self._masks: dict[Target, masking.Mask] = {}
@@ -146,7 +148,7 @@ class Pruner:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the parts ask for."""
-        parts = (self.importance, self.selector, self.compensator)
+        parts = (self.importance, self.selector, self.compensator, self.regrowth)
         return frozenset().union(*(part.needs for part in parts if part is not None))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
@@ -189,19 +191,19 @@ class Pruner:
             ValueError: finalized, or regularizers without an optimizer to take the rate from.
         """
         self._check_live("after_step")
-        if self.regularizers:
-            if self._optimizer is None:
-                raise ValueError(
-                    "Pruner.after_step: expected an attached optimizer for the learning rate of "
-                    "regularizers, got none"
-                )
-            # The rate is read here, not at attach: learning-rate schedulers change it.
-            for group in self._optimizer.param_groups:
-                held = {id(p) for p in group["params"]}
-                inside = [t for t in self.targets if id(t.dense) in held]
-                if inside:
-                    for part in self.regularizers:
-                        part.prox_(inside, float(group["lr"]), self._step)
+        if self._optimizer is None and self.regularizers:
+            raise ValueError(
+                "Pruner.after_step: expected an attached optimizer for the learning rate of "
+                "regularizers, got none"
+            )
+        # The rate is read here, not at attach: learning-rate schedulers change it.
+        for group in () if self._optimizer is None else self._optimizer.param_groups:
+            held = {id(p) for p in group["params"]}
+            inside = [t for t in self.targets if id(t.dense) in held]
+            if inside:
+                self.running.observe(inside, float(group["lr"]))
+                for part in self.regularizers:
+                    part.prox_(inside, float(group["lr"]), self._step)
         self._hold_zeros()
         self.step()
 
@@ -247,18 +249,31 @@ class Pruner:
 
     def _prune(self, event: Event) -> None:
         budget = None if self.budget is None else self.budget.at(event.fraction, event.initial)
-        stats: Stats | None = None
-        if self.needs:
-            assert self.calibration is not None
-            with torch.enable_grad():
-                stats = self.calibration.collect(self.model, self.targets, self.needs)
-        if self.mask_mode == "hard":
-            # A hard-dead entry has no value left to be judged by: only a regrowth revives it.
-            current = {t: self._masks[t].mask.cpu() for t in self.targets}
+        targets: Sequence[Target] = self.targets
+        if event.layer is not None:
+            if event.layer >= len(targets):
+                raise ValueError(
+                    f"Pruner.step: expected a schedule of at most {len(targets)} layers, got "
+                    f"layer {event.layer}"
+                )
+            targets = targets[event.layer : event.layer + 1]
+        if getattr(self.selector, "sequential", False):
+            for t in targets:
+                self._prune_together([t], budget)
         else:
-            current = self._base
+            self._prune_together(targets, budget)
+        if event.regrow:
+            self._regrow()
+
+    def _prune_together(self, targets: Sequence[Target], budget: Budget | None) -> None:
+        stats = self._collect(targets)
+        if self.mask_mode == "hard" or self.regrowth is not None:
+            # A hard-dead entry has no value left to be judged by: only a regrowth revives it.
+            current = {t: self._masks[t].mask.cpu() for t in targets}
+        else:
+            current = {t: self._base[t] for t in targets}
         keep, masks = plan_masks(
-            self.targets,
+            targets,
             self.granularity,
             budget,
             self.importance,
@@ -267,19 +282,31 @@ class Pruner:
             current,
         )
         if self.compensator is not None:
-            for t in self.targets:
+            for t in targets:
                 self.compensator.apply(t, keep[t], stats)
         self._set_masks(masks)
+
+    def _collect(self, targets: Sequence[Target]) -> Stats:
+        """What the parts need: kept from the run, and measured now if anything must be."""
+        measured = None
+        wanted = frozenset(need for need in self.needs if not need.startswith(PREFIX))
+        if wanted:
+            assert self.calibration is not None
+            with torch.enable_grad():
+                measured = self.calibration.collect(self.model, targets, wanted)
+        return self.running.over(measured)
 
     def _regrow(self) -> None:
         if self.regrowth is None:
             raise ValueError(
                 "Pruner.step: expected a regrowth for the schedule's regrow event, got None"
             )
+        # Regrowth looks at the weights and at the run; a calibration pass is for prune events.
+        stats = self.running.over(None)
         masks = {}
         for t in self.targets:
             old = self._masks[t].mask
-            new = self.regrowth.regrow(t, old.clone())
+            new = self.regrowth.regrow(t, old.clone(), stats)
             if new.shape != old.shape or new.dtype != torch.bool:
                 raise ValueError(
                     f"{type(self.regrowth).__name__}: expected a bool mask of shape "
@@ -341,6 +368,7 @@ class Pruner:
             "seed": getattr(self.importance, "seed", None),
             "masks": self.masks(),
             "base": {t.key: self._base[t].clone() for t in self.targets},
+            "running": self.running.state_dict(),
         }
 
     @torch.no_grad()
@@ -351,22 +379,11 @@ class Pruner:
             ValueError: another version, other layers or other shapes; nothing is changed then.
         """
         self._check_live("load_state_dict")
-        if state.get("version") != 1:
-            raise ValueError(
-                f"Pruner.load_state_dict: expected version 1, got {state.get('version')!r}"
-            )
-        wanted = {t.key: tuple(t.shape) for t in self.targets}
-        for name in ("masks", "base"):
-            got = {key: tuple(value.shape) for key, value in state[name].items()}
-            if got != wanted:
-                differing = sorted(k for k in {*got, *wanted} if got.get(k) != wanted.get(k))
-                raise ValueError(
-                    f"Pruner.load_state_dict: expected {name} for the pruned layers, got a "
-                    f"difference at {', '.join(differing[:5])}"
-                )
+        check_state(self, state)
         self._step, self._epoch = int(state["step"]), int(state["epoch"])
         self._frozen = bool(state["frozen"])
         if isinstance(self.importance, Random):
             self.importance = replace(self.importance, seed=state["seed"])
         self._base = {t: state["base"][t.key].bool().cpu() for t in self.targets}
+        self.running.load_state_dict(state.get("running", {}))
         self._set_masks({t: state["masks"][t.key].bool() for t in self.targets})

@@ -100,7 +100,7 @@ class TopK:
         if budget is None:
             raise ValueError("TopK: expected a budget, got None")
         self.check(targets, granularity, budget)
-        ranked = {t: _alive_first(scores[t], granularity, t, current.get(t)) for t in targets}
+        ranked = {t: alive_first(scores[t], granularity, t, current.get(t)) for t in targets}
         if isinstance(granularity, NM):
             return {t: _top_of_windows(ranked[t], granularity, t) for t in targets}
         floor = self.floor if self.floor is not None else int(granularity != layer)
@@ -152,7 +152,7 @@ def group_sizes(granularity: Granularity, t: Target) -> Tensor:
     return granularity.reduce(torch.ones(t.shape, dtype=torch.int64), t, "sum").to(torch.int64)
 
 
-def _alive_first(
+def alive_first(
     score: Tensor, granularity: Granularity, t: Target, current: Tensor | None
 ) -> Tensor:
     """Rank groups without a living entry last: what is dead stays dead and counts as dropped."""
@@ -175,7 +175,7 @@ def _keep_best(
         units = {t: torch.ones_like(sizes[t]) for t in pool}
     else:
         units = sizes
-    reserved = {t: _top(scores[t], min(floor, scores[t].numel())) for t in pool}
+    reserved = {t: top(scores[t], min(floor, scores[t].numel())) for t in pool}
     total = sum(int(units[t].sum()) for t in pool)
     free_scores = torch.cat([scores[t][~reserved[t]] for t in pool])
     free_units = torch.cat([units[t][~reserved[t]] for t in pool])
@@ -190,7 +190,7 @@ def _keep_best(
     return keep
 
 
-def _top(scores: Tensor, k: int) -> Tensor:
+def top(scores: Tensor, k: int) -> Tensor:
     """Flags of exactly k highest scores; of equal ones the first. O(n)."""
     n = scores.numel()
     if k <= 0:
@@ -212,7 +212,7 @@ def _drop_lowest(scores: Tensor, units: Tensor, target: float) -> Tensor:
     size = int(units[0])
     if bool((units == size).all()):
         dropped = min(max(math.ceil(target / size - 0.5), 0), n)
-        return _top(scores, n - dropped)
+        return top(scores, n - dropped)
     # Stable and descending, then reversed: of equal scores the last goes first, as in `_top`.
     order = torch.argsort(scores, descending=True, stable=True).flip(0)
     after = torch.cat([torch.zeros(1, dtype=torch.int64), units[order].cumsum(0)])

@@ -235,7 +235,7 @@ def _call_order(
 
     handles = [o.register_forward_hook(record) for t in candidates for o in t.owners]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(*args)
     finally:
         for handle in handles:
@@ -244,7 +244,7 @@ def _call_order(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a forward pass; every module's own flag is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -417,7 +417,7 @@ class Alternate:
 
 
 class ReviveFilter0:
-    def regrow(self, t, mask):
+    def regrow(self, t, mask, stats):
         mask[0] = True
         return mask
 
