@@ -417,6 +417,8 @@ class Alternate:
 
 
 class ReviveFilter0:
+    needs = frozenset()
+
     def regrow(self, t, mask, stats):
         mask[0] = True
         return mask
