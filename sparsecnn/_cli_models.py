@@ -156,6 +156,26 @@ def _timm(name: str) -> nn.Module:
 
 
 def _factory(module_name: str, name: str) -> nn.Module:
+    model = call_factory(module_name, name, f"models are written as {_FORMS}")
+    if not isinstance(model, nn.Module):
+        raise CliError(
+            f"expected {module_name}:{name}() to return a torch.nn.Module, got "
+            f"{type(model).__name__}"
+        )
+    return model.eval()
+
+
+def call_factory(module_name: str, name: str, hint: str) -> Any:
+    """What a function of an importable module returns; a network as it is.
+
+    Args:
+        module_name: dotted.
+        name: of the function in it, dotted too.
+        hint: end of the message about an unknown module.
+
+    Raises:
+        CliError: no such module or function, or it fails.
+    """
     # The installed command does not look in the current folder, where `python -m` does.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -164,8 +184,7 @@ def _factory(module_name: str, name: str) -> nn.Module:
     except ModuleNotFoundError as error:
         if error.name is not None and module_name.split(".")[0] == error.name.split(".")[0]:
             raise CliError(
-                f"expected a module {module_name!r}, got none of that name; models are written as "
-                f"{_FORMS}"
+                f"expected a module {module_name!r}, got none of that name; {hint}"
             ) from error
         raise CliError(f"importing {module_name!r} failed: {error}") from error
     except Exception as error:
@@ -176,19 +195,13 @@ def _factory(module_name: str, name: str) -> nn.Module:
             raise CliError(f"expected {module_name!r} to have {name!r}, got no such attribute")
         factory = getattr(factory, part)
     if isinstance(factory, nn.Module):
-        return factory.eval()
+        return factory
     if not callable(factory):
         raise CliError(f"expected {module_name}:{name} to be callable, got {factory!r:.60}")
     try:
-        model = factory()
+        return factory()
     except Exception as error:
         raise CliError(f"calling {module_name}:{name} failed: {_short(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise CliError(
-            f"expected {module_name}:{name}() to return a torch.nn.Module, got "
-            f"{type(model).__name__}"
-        )
-    return model.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

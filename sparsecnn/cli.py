@@ -1,4 +1,4 @@
-"""The command line: `sparsecnn demo | doctor | profile | bench`.
+"""The command line: `sparsecnn demo | doctor | profile | bench | sensitivity`.
 
 Exit status: 0 for success; 1 when a job failed its own check; 2, with one line on the standard
 error stream and no traceback, for bad arguments, files or models.
@@ -22,6 +22,8 @@ from sparsecnn import __version__
 from sparsecnn._cli_doctor import examine_model, examine_tensors
 from sparsecnn._cli_models import HELP, CliError, first_pass, open_model, open_source
 from sparsecnn._cli_profile import profile, profile_table
+from sparsecnn._cli_sensitivity import examine, open_data
+from sparsecnn._cli_types import device, positive, seed, shape, shares, sparsity
 from sparsecnn.accelerate import accelerate
 from sparsecnn.demo import ReloadError, Settings, compare_latency, run
 from sparsecnn.measure import Report
@@ -82,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(job=_demo)
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder (%(default)s)")
-    demo.add_argument("--epochs", type=_positive, metavar="N", help="dense training (4)")
-    demo.add_argument("--finetune-epochs", type=_positive, metavar="N", help="after it (6)")
+    demo.add_argument("--epochs", type=positive, metavar="N", help="dense training (4)")
+    demo.add_argument("--finetune-epochs", type=positive, metavar="N", help="after it (6)")
     demo.add_argument(
-        "--sparsity", type=_sparsity, default=0.9, help="share of zeros (%(default)s)"
+        "--sparsity", type=sparsity, default=0.9, help="share of zeros (%(default)s)"
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="of everything random (%(default)s)")
+    demo.add_argument("--seed", type=seed, default=0, help="of everything random (%(default)s)")
     _add_machine(demo, 1, "of the measurements; training uses all cores (%(default)s)")
     # For the tests: seconds instead of minutes, and no promise about accuracy.
     demo.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     profiler.set_defaults(job=_profile)
     _add_model(profiler)
-    profiler.add_argument("--runs", type=_positive, default=50, help="timed passes (%(default)s)")
+    profiler.add_argument("--runs", type=positive, default=50, help="timed passes (%(default)s)")
 
     bench = commands.add_parser(
         "bench",
@@ -120,11 +122,31 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(job=_bench)
     _add_model(bench)
     bench.add_argument(
-        "--sparsity", type=_sparsity, default=0.9, help="share of zeros (%(default)s)"
+        "--sparsity", type=sparsity, default=0.9, help="share of zeros (%(default)s)"
     )
-    bench.add_argument("--batch", type=_positive, metavar="N", help="instead of that of --input")
-    bench.add_argument("--seed", type=_seed, default=0, help="of the zeros (%(default)s)")
+    bench.add_argument("--batch", type=positive, metavar="N", help="instead of that of --input")
+    bench.add_argument("--seed", type=seed, default=0, help="of the zeros (%(default)s)")
     bench.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+
+    sensitive = commands.add_parser(
+        "sensitivity",
+        help="how much accuracy each layer costs at each sparsity",
+        description="Prune one layer at a time, without training, and evaluate: which layers can "
+        "lose much, which nothing.",
+    )
+    sensitive.set_defaults(job=_sensitivity)
+    _add_model(sensitive)
+    sensitive.add_argument(
+        "--data", required=True, metavar="DATA", help="digits, or module.path:factory, called "
+        "without arguments, which returns batches (images, labels)",
+    )  # fmt: skip
+    sensitive.add_argument(
+        "--granularity", default="element", help="element, kernel, filter, ... (%(default)s)"
+    )
+    sensitive.add_argument(
+        "--sparsities", type=shares, metavar="S,S,...", help="to try (0.3,0.5,0.7,0.8,0.9,0.95)"
+    )
+    sensitive.add_argument("--svg", type=Path, metavar="FILE", help="write the curves as an image")
     return parser
 
 
@@ -133,7 +155,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="ARCH", help=ARCH_HELP)
     parser.add_argument(
         "--input",
-        type=_shape,
+        type=shape,
         default=(1, 3, 224, 224),
         metavar="N,C,H,W",
         help="shape of the input (1,3,224,224)",
@@ -143,57 +165,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser, threads: int | None, text: str) -> None:
-    parser.add_argument("--threads", type=_positive, default=threads, metavar="N", help=text)
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
-
-
-def _number(kind: Callable[[str], Any], text: str, what: str, fits: Callable[[Any], bool]) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return int(_number(int, text, "an int >= 1", lambda n: n >= 1))
-
-
-def _seed(text: str) -> int:
-    # scikit-learn's limit, the smaller one.
-    return int(_number(int, text, "an int in [0, 2^32)", lambda n: 0 <= n < 2**32))
-
-
-def _sparsity(text: str) -> float:
-    what = "a share of zeros in [0, 1)"
-    value = _number(float, text, what + ", e.g. 0.9 for 90 %", lambda s: 0 <= s < 1)
-    return float(value)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    def parse(given: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in given.replace("x", ",").split(","))
-
-    what = "four positive sizes N,C,H,W such as 1,3,224,224"
-    value = _number(parse, text, what, lambda s: len(s) == 4 and all(n >= 1 for n in s))
-    return tuple(value)
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"expected a device that is present, got {text!r} with {torch.cuda.device_count()} "
-            "CUDA devices visible; use --device cpu"
-        )
-    return text
+    parser.add_argument("--threads", type=positive, default=threads, metavar="N", help=text)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -299,6 +272,19 @@ def _profile(options: argparse.Namespace) -> int:
         progress.update(task, completed=5, description="profile")
     _console().print(profile_table(figures))
     _write_json(options.json, figures)
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    _check_outputs(options.json, options.svg)
+    data = open_data(options.data, options.input)
+    _, model = open_model(options.model, options.arch)
+    model, _ = _ready(model, options)
+    found = examine(model, data, options.granularity, options.sparsities)
+    _console().print(found)
+    _write_json(options.json, found.to_dict())
+    if options.svg is not None:
+        options.svg.write_text(found.to_svg(), encoding="utf-8")
     return 0
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distill": set(),
     "ops": {"formats", "_library"},
     "nn": {"ops", "formats"},
-    "prune": {"nn"},
+    "prune": {"nn", "measure"},
     "factorize": {"nn"},
     "blocks": {"nn"},
     "rewrite": {"blocks", "factorize", "nn"},

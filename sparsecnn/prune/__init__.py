@@ -47,6 +47,7 @@ from .schedule import (
     Probabilistic,
 )
 from .selection import TopK
+from .sensitivity import Sensitivity, sensitivity
 from .targets import Target, find_targets
 from .threshold import Threshold
 
@@ -77,6 +78,7 @@ __all__ = [
     "Regularizer",
     "Schedule",
     "Selector",
+    "Sensitivity",
     "SparsityReport",
     "Splice",
     "Stats",
@@ -98,6 +100,7 @@ __all__ = [
     "prune_",
     "register_collector",
     "register_importance",
+    "sensitivity",
     "shape",
     "sparsity",
 ]

@@ -163,7 +163,7 @@ class Batches:
         gradients = [(p, p.grad) for p in model.parameters()]
         modules = [model] if self.reference is None else [model, self.reference]
         try:
-            with _bar(self.progress, len(batches)) as tick:
+            with progress_bar(self.progress, "calibration", len(batches)) as tick:
                 session = Session(
                     model, batches, self.loss_fn, self.reference, generator, _tick=tick
                 )
@@ -224,8 +224,8 @@ def _all_evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over batches; collectors that pass twice count on past its end."""
+def progress_bar(shown: bool, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, if wanted; the function it yields advances it by one."""
     if not shown:
         yield lambda: None
         return
@@ -233,7 +233,7 @@ def _bar(shown: bool, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibration", total=total)
+        task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
 

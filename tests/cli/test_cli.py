@@ -24,7 +24,7 @@ from sparsecnn.measure import Report
 from sparsecnn.prune import Magnitude, Pruner, Random, find_targets, prune_
 from tests.models import prepare_torchvision
 
-COMMANDS = ("demo", "doctor", "profile", "bench")
+COMMANDS = ("demo", "doctor", "profile", "bench", "sensitivity")
 NET = "sparsecnn.data:DigitsNet"
 SMALL = ("--input", "1,1,8,8", "--threads", "1")
 
@@ -361,3 +361,36 @@ def test_a_factory_of_the_current_folder(
     assert main(["doctor", "broken_factory:net"]) == 2
     found = capsys.readouterr().err
     assert found.count("\n") == 1 and "absent_library_xyz" in found
+
+
+def test_sensitivity_writes_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    json_file, svg_file = tmp_path / "s.json", tmp_path / "s.svg"
+    status = main([
+        "sensitivity", NET, *SMALL, "--data", "digits", "--sparsities", "0.5,0.9",
+        "--granularity", "kernel", "--json", str(json_file), "--svg", str(svg_file),
+    ])  # fmt: skip
+    assert status == 0
+    data = json.loads(json_file.read_text())
+    assert [len(entry["scores"]) for entry in data["layers"]] == [2, 2, 2, 2]
+    assert 0 <= data["baseline"] <= 1 and data["granularity"] == "kernel"
+    assert svg_file.read_text().startswith("<svg xmlns")
+    assert "features.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nothing"], "expected --data as digits or module.path:factory"),
+        (["--data", "no.such:thing"], "expected a module 'no.such'"),
+        (["--data", "sparsecnn.data:DigitsNet"], "batches"),
+        (["--data", "digits", "--sparsities", "0.9,0.5"], "ascending shares of zeros"),
+        (["--data", "digits", "--granularity", "row"], "expected one of element"),
+        ([], "--data"),
+    ],
+)
+def test_bad_sensitivity(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sensitivity", NET, *SMALL, *arguments]) == 2
+    assert message in capsys.readouterr().err
