@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 TEST_SHARE = 0.25
 VALIDATION_SHARE = 0.2  # of what the test set left
 
-__all__ = ["Digits", "DigitsNet", "ResNet20", "digits"]
+__all__ = ["Digits", "DigitsNet", "ResDigitsNet", "ResNet20", "digits"]
 
 
 class Digits(NamedTuple):
@@ -111,6 +111,28 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.bn1(self.conv1(x)))
         return cast(Tensor, self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x)))
+
+
+class ResDigitsNet(nn.Module):
+    """Two residual blocks for 8x8 images, one with an identity, one with a projection.
+
+    Args:
+        width: channels of the stem and the first block; the second has twice as many.
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"ResDigitsNet: expected width >= 1, got {width}")
+        self.stem = nn.Sequential(*_conv_bn(1, width, 3, 1), nn.ReLU())
+        self.blocks = nn.Sequential(_Block(width, width, 1), _Block(width, 2 * width, 2))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 8, 8) -> logits (N, 10)."""
+        return cast(Tensor, self.fc(self.flatten(self.pool(self.blocks(self.stem(x))))))
 
 
 class ResNet20(nn.Module):

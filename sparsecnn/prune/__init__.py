@@ -5,12 +5,14 @@ the same parts: granularity (what lives or dies together), importance (what a we
 selection (scores to masks), budget and schedule (how much, when).
 """
 
+from . import recipes
 from .api import config_from_dict, config_to_dict, prune, prune_
 from .budget import Budget
 from .calibration import Batches, register_collector
 from .granularity import (
     NM,
     Block,
+    Strided,
     block,
     channel,
     element,
@@ -19,6 +21,7 @@ from .granularity import (
     layer,
     neuron,
     shape,
+    strided,
 )
 from .granularity import parse as parse_granularity
 from .importance import Magnitude, PruneConfig, Random, register_importance
@@ -82,6 +85,7 @@ __all__ = [
     "SparsityReport",
     "Splice",
     "Stats",
+    "Strided",
     "Target",
     "Threshold",
     "TopK",
@@ -98,9 +102,11 @@ __all__ = [
     "parse_granularity",
     "prune",
     "prune_",
+    "recipes",
     "register_collector",
     "register_importance",
     "sensitivity",
     "shape",
     "sparsity",
+    "strided",
 ]

@@ -135,14 +135,7 @@ class Block:
         if how == "mean":
             sizes = self.reduce(torch.ones(t.shape, device=x.device), t, "sum")
             return self.reduce(x, t, "sum") / sizes.to(x.dtype)
-        # The padding must not change the result: the neutral element of each reduction.
-        fill = {"max": -torch.inf, "min": torch.inf}.get(how, 0)
-        if x.dtype == torch.bool and how in ("max", "min"):
-            fill = how == "min"
-        elif not x.is_floating_point() and how in ("max", "min"):
-            limits = torch.iinfo(x.dtype)
-            fill = limits.min if how == "max" else limits.max
-        padded = x.new_full((groups, down * self.bh, across * self.bw), fill)
+        padded = x.new_full((groups, down * self.bh, across * self.bw), _neutral(x, how))
         padded[:, :rows, :columns] = x.reshape(groups, rows, columns)
         blocks = padded.reshape(groups, down, self.bh, across, self.bw)
         return _reduce(blocks, (2, 4), how).reshape(-1)
@@ -154,6 +147,60 @@ class Block:
         blocks = g.reshape(groups, down, 1, across, 1).expand(-1, -1, self.bh, -1, self.bw)
         padded = blocks.reshape(groups, down * self.bh, across * self.bw)
         return padded[:, :rows, :columns].reshape(t.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class Strided:
+    """Every stride-th position of the kernels of an input channel, for all filters of its group.
+
+    Group (c, offset) holds W[:, c, r, s] with (r*S + s) % stride = offset, so that a pruned group
+    is a set of whole columns of the lowered weight: the strided intra-kernel sparsity of Anwar,
+    Hwang & Sung, "Structured Pruning of Deep Convolutional Neural Networks" (2017), shared by the
+    kernels that read one map. Kernels with fewer positions than `stride` have one group each.
+
+    Attributes:
+        stride: distance of the positions in a group.
+
+    Raises:
+        ValueError: a stride below 1.
+    """
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"strided: expected stride to be an int >= 1, got {self.stride!r}")
+
+    def __str__(self) -> str:
+        return f"strided({self.stride})"
+
+    def n_groups(self, t: Target) -> int:
+        """C * min(stride, R*S)."""
+        groups, _, channels, spatial = t.grouped_shape
+        return groups * channels * min(self.stride, spatial)
+
+    def reduce(self, x: Tensor, t: Target, how: str = "l2") -> Tensor:
+        """Shape of W -> (n_groups,); see `Axes.reduce`."""
+        _check_like_weight(x, t, self)
+        if how == "mean":
+            sizes = self.reduce(torch.ones(t.shape, device=x.device), t, "sum")
+            return self.reduce(x, t, "sum") / sizes.to(x.dtype)
+        groups, rows, channels, spatial = t.grouped_shape
+        stride = min(self.stride, spatial)
+        turns = -(-spatial // stride)
+        padded = x.new_full((groups, rows, channels, turns * stride), _neutral(x, how))
+        padded[..., :spatial] = x.reshape(t.grouped_shape)
+        return _reduce(padded.reshape(groups, rows, channels, turns, stride), (1, 3), how).flatten()
+
+    def expand(self, g: Tensor, t: Target) -> Tensor:
+        """(n_groups,) -> shape of W."""
+        _check_per_group(g, t, self, self.n_groups(t))
+        groups, rows, channels, spatial = t.grouped_shape
+        stride = min(self.stride, spatial)
+        turns = -(-spatial // stride)
+        offsets = g.reshape(groups, 1, channels, 1, stride).expand(-1, rows, -1, turns, -1)
+        entries = offsets.reshape(groups, rows, channels, turns * stride)[..., :spatial]
+        return entries.reshape(t.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -203,18 +250,23 @@ def block(bh: int, bw: int) -> Block:
     return Block(bh, bw)
 
 
-def parse(spec: object) -> Axes | Block:
+def strided(stride: int) -> Strided:
+    """Every stride-th kernel position of an input channel; see `Strided`."""
+    return Strided(stride)
+
+
+def parse(spec: object) -> Axes | Block | Strided:
     """A granularity from its text form, e.g. of a TOML file; the inverse of `str`.
 
     Args:
         spec: "element", "kernel", "filter", "channel", "shape", "layer", "neuron",
-            "block(bh,bw)" or "n:m"; a granularity is returned as it is.
+            "block(bh,bw)", "strided(s)" or "n:m"; a granularity is returned as it is.
 
     Raises:
         TypeError: neither text nor a granularity of this module.
         ValueError: unknown text.
     """
-    if isinstance(spec, (Axes, Block)):
+    if isinstance(spec, (Axes, Block, Strided)):
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"granularity: expected a name or a granularity, got {spec!r}")
@@ -224,11 +276,15 @@ def parse(spec: object) -> Axes | Block:
     blocks = re.fullmatch(r"block\(\s*(\d+)\s*,\s*(\d+)\s*\)", text)
     if blocks:
         return Block(int(blocks[1]), int(blocks[2]))
+    steps = re.fullmatch(r"strided\(\s*(\d+)\s*\)", text)
+    if steps:
+        return Strided(int(steps[1]))
     ratio = re.fullmatch(r"(\d+):(\d+)", text)
     if ratio:
         return NM(int(ratio[1]), int(ratio[2]))
     raise ValueError(
-        f"granularity: expected one of {', '.join(_NAMED)}, 'block(bh,bw)' or 'n:m', got {spec!r}"
+        f"granularity: expected one of {', '.join(_NAMED)}, 'block(bh,bw)', 'strided(s)' or 'n:m', "
+        f"got {spec!r}"
     )
 
 
@@ -248,6 +304,18 @@ def _reduce(x: Tensor, axes: tuple[int, ...], how: str) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(x, dim=axes)
         return norm
     return x.mean(axes) if how == "mean" else x.sum(axes)
+
+
+def _neutral(x: Tensor, how: str) -> float | bool:
+    """What padding holds so that it does not change the result of a reduction."""
+    if how not in ("max", "min"):
+        return 0
+    if x.dtype == torch.bool:
+        return how == "min"
+    if x.is_floating_point():
+        return -torch.inf if how == "max" else torch.inf
+    limits = torch.iinfo(x.dtype)
+    return limits.min if how == "max" else limits.max
 
 
 def _check_like_weight(x: Tensor, t: Target, granularity: object) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
-from .granularity import Axes, Block, parse
+from .granularity import Axes, Block, Strided, parse
 from .protocols import Granularity, Stats
 from .targets import Target
 
@@ -50,7 +50,7 @@ class PruneConfig:
     sparsity: float | None = field(default=None, kw_only=True)
     density: float | None = field(default=None, kw_only=True)
     count: int | None = field(default=None, kw_only=True)
-    granularity: str | Axes | Block | None = field(default=None, kw_only=True)
+    granularity: str | Axes | Block | Strided | None = field(default=None, kw_only=True)
     scope: Scope | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

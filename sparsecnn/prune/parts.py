@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .budget import Budget
-from .granularity import NM, Axes, Block, element, parse
+from .granularity import NM, Axes, Block, Strided, element, parse
 from .importance import PruneConfig
 from .protocols import (
     Calibration,
@@ -122,7 +122,7 @@ def choose_granularity(
         )
     if chosen is not None:
         return chosen
-    return configured if isinstance(configured, (Axes, Block)) else element
+    return configured if isinstance(configured, (Axes, Block, Strided)) else element
 
 
 def choose_budget(

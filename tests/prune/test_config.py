@@ -44,6 +44,7 @@ CONFIGS = [
     Magnitude(p=2, density=0.25, granularity="filter", scope="global", normalize="layer"),
     Magnitude(granularity=NM(2, 4)),
     Magnitude(count=4, granularity=block(4, 1)),
+    Magnitude(count=4, granularity="strided(3)"),
     Random(sparsity=0.5, seed=7),
     FromValue(sparsity=0.5, value=0.25),
     {"conv1": None, "re:conv[23]": Magnitude(sparsity=0.5), "_default": Random(sparsity=0.1)},

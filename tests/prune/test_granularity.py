@@ -19,6 +19,7 @@ from sparsecnn.prune import (
     neuron,
     parse_granularity,
     shape,
+    strided,
 )
 from sparsecnn.prune.granularity import HOW
 
@@ -34,6 +35,7 @@ LAYERS = {
 GRANULARITIES = [
     element, kernel, filter_, channel, shape, layer, neuron, NM(2, 4),
     block(1, 4), block(2, 3), block(4, 1), block(5, 7), block(100, 100),
+    strided(1), strided(2), strided(3), strided(4), strided(20),
 ]  # fmt: skip
 
 
@@ -51,6 +53,8 @@ def name_of_group(granularity, module, k, c, r, s):
     column = (c * kernel_size[0] + r) * kernel_size[1] + s
     if str(granularity).startswith("block"):
         return g, (k % rows) // granularity.bh, column // granularity.bw
+    if str(granularity).startswith("strided"):
+        return g * cin + c, (r * kernel_size[1] + s) % granularity.stride
     return {
         "element": (k, c, r, s),
         "2:4": (k, c, r, s),
@@ -149,7 +153,7 @@ def test_text_round_trip(granularity):
 @pytest.mark.parametrize(
     ("spec", "error"),
     [("rows", ValueError), ("block(0,2)", ValueError), ("3:2", ValueError), ("0:4", ValueError),
-     ("block(2)", ValueError), (4, TypeError), (None, TypeError)],
+     ("block(2)", ValueError), ("strided(0)", ValueError), (4, TypeError), (None, TypeError)],
 )  # fmt: skip
 def test_bad_text(spec, error):
     with pytest.raises(error, match=r"expected .* got"):
