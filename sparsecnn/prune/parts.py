@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .budget import Budget
 from .granularity import NM, Axes, Block, Strided, element, parse
@@ -20,6 +23,7 @@ from .protocols import (
 from .running import PREFIX
 from .schedule import Polynomial
 from .selection import TopK
+from .targets import Target, check_maskable, refuse_sparse_layers
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -73,6 +77,27 @@ def check_parts(pruner: Pruner) -> None:
                 f"Pruner: expected Polynomial.initial <= sparsity {final:g}, got "
                 f"{pruner.schedule.initial:g}"
             )
+
+
+def check_targets(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse targets that are none, not of `model`, not maskable or the same weight twice.
+
+    Raises:
+        TypeError: something that is no target.
+        ValueError: see above; a layer swapped by sparsecnn.
+    """
+    refuse_sparse_layers(model, "Pruner")
+    if not targets:
+        raise ValueError("Pruner: expected at least one target, got none")
+    modules = set(model.modules())
+    for t in targets:
+        if not isinstance(t, Target):
+            raise TypeError(f"Pruner: expected targets from find_targets, got {t!r:.80}")
+        if t.module not in modules:
+            raise ValueError(f"Pruner: expected targets of model, got {t.name!r} of another")
+        check_maskable(t, "Pruner")
+    if len({id(t.dense) for t in targets}) != len(targets):
+        raise ValueError("Pruner: expected each weight once in targets, got repeats")
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:

@@ -28,8 +28,17 @@ from torch.utils.hooks import RemovableHandle
 
 from . import mask as masking
 from .budget import Budget
+from .followers import find_batch_norms, per_map_parameters
+from .granularity import filter_, layer
 from .importance import Random
-from .parts import check_parts, check_state, choose_budget, choose_granularity, choose_selector
+from .parts import (
+    check_parts,
+    check_state,
+    check_targets,
+    choose_budget,
+    choose_granularity,
+    choose_selector,
+)
 from .protocols import (
     Calibration,
     Compensator,
@@ -45,7 +54,7 @@ from .report import SparsityReport, report_of
 from .running import PREFIX, Running
 from .schedule import Event, OneShot
 from .selection import plan_masks
-from .targets import Target, check_maskable, find_targets, refuse_sparse_layers
+from .targets import Target, find_targets
 
 
 class Pruner:
@@ -67,7 +76,10 @@ class Pruner:
         regularizers: penalties and proximal steps of every optimizer step.
         mask_mode: "hard" or "ste", see `sparsecnn.prune.mask`.
         targets: what to prune; default `find_targets(model, example_inputs)`.
-        example_inputs: see `find_targets`; used only if `targets` is None.
+        example_inputs: see `find_targets`. With a granularity of whole filters it also finds the
+            batch norms: their scale and shift, and the layers' biases, are then held at 0 where a
+            filter is dead, so that its map is 0 and `remove_zeroed_` can remove it. Without it
+            only weights are masked, and a dead filter's map is a constant.
         calibration: collects the statistics that the parts list in `needs`.
         keep_zeros: entries that are zero now stay zero, whatever tool made them.
         generator: where a `Random` importance without a seed gets one.
@@ -114,7 +126,7 @@ class Pruner:
         if targets is None:
             targets = find_targets(model, example_inputs)
         self.targets = tuple(targets)
-        self._check_targets()
+        check_targets(model, self.targets)
         check_parts(self)
 
         self._step = 0
@@ -130,20 +142,10 @@ class Pruner:
         for t in self.targets:
             masking.fold_foreign_mask(t)
             self._masks[t] = masking.attach(t, self._base[t], mask_mode)
-
-    def _check_targets(self) -> None:
-        refuse_sparse_layers(self.model, "Pruner")
-        if not self.targets:
-            raise ValueError("Pruner: expected at least one target, got none")
-        modules = set(self.model.modules())
-        for t in self.targets:
-            if not isinstance(t, Target):
-                raise TypeError(f"Pruner: expected targets from find_targets, got {t!r:.80}")
-            if t.module not in modules:
-                raise ValueError(f"Pruner: expected targets of model, got {t.name!r} of another")
-            check_maskable(t, "Pruner")
-        if len({id(t.dense) for t in self.targets}) != len(self.targets):
-            raise ValueError("Pruner: expected each weight once in targets, got repeats")
+        self._per_map: dict[Target, list[nn.Parameter]] = {}
+        if example_inputs is not None and self.granularity in (filter_, layer):
+            norms = find_batch_norms(model, self.targets, example_inputs)
+            self._per_map = {t: per_map_parameters(t, norms.get(t)) for t in self.targets}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -215,6 +217,15 @@ class Pruner:
             masking.zero_dead_(t.dense, mask.mask)
             if self._optimizer is not None:
                 masking.clear_state_(self._optimizer, t.dense, mask.mask)
+        self._silence_dead_maps()
+
+    def _silence_dead_maps(self) -> None:
+        for t, parameters in self._per_map.items():
+            alive = self._masks[t].mask.flatten(1).any(1)
+            for parameter in parameters:
+                masking.zero_dead_(parameter, alive)
+                if self._optimizer is not None:
+                    masking.clear_state_(self._optimizer, parameter, alive)
 
     @torch.no_grad()
     def step(self, force: bool = False) -> Event | None:
@@ -344,6 +355,8 @@ class Pruner:
         if not self._finalized:
             if self._hook is not None:
                 self._hook.remove()
+            with torch.no_grad():
+                self._silence_dead_maps()
             for t, mask in self._masks.items():
                 masking.detach(t, mask)
             self._finalized = True

@@ -113,12 +113,12 @@ def l1_filters(model: nn.Module, sparsity: float, **options: Any) -> Pruner:
     """Drop the filters with the smallest L1 norms of each layer, once.
 
     Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. The zero filters cost no time
-    only once they are gone: `remove_zeroed_`, which `sparsecnn.materialize` calls.
+    only once they are gone: `sparsecnn.materialize` removes them.
 
     Args:
         model: the trained network.
         sparsity: share of the filters of each layer.
-        options: of `Pruner`.
+        options: of `Pruner`; with `example_inputs` the maps of dead filters are 0.
     """
     importance = Magnitude(sparsity=sparsity, granularity="filter")
     return Pruner(model, importance=importance, schedule=OneShot(), **options)
