@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"nn", "formats", "_codec"},
     "accelerate": {"_accelerate", "nn", "measure"},
     "_accelerate": {"nn", "measure"},
+    "materialize": {"accelerate", "_accelerate", "measure", "prune"},
     "deploy": {"storage", "nn"},
     "plan": {
         "prune", "factorize", "distill", "rewrite", "accelerate", "measure", "storage",

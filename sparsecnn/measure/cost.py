@@ -81,7 +81,9 @@ def count_macs(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> CostReport:
     A convolution counts K * C/G * R * S * N * P * Q, padding included, a linear layer O * I per
     row; the effective count replaces the number of weights by the number of nonzero ones, which is
     exact because every weight is used equally often. A layer counts as sparse when it has an
-    attribute `nnz` and either `weight_shape` or a `weight` with a `shape`.
+    attribute `nnz` and either `weight_shape` or a `weight` with a `shape`. A layer whose weights
+    are not used once per output position, one in the Winograd domain for instance, has a method
+    `weight_uses(output_shape)` that says how often each is multiplied; its transforms do not count.
 
     Args:
         model: the network; its modes, hooks and parameters are left as they were.
@@ -149,7 +151,12 @@ class _Recorder:
             layer.calls += 1
             layer.output_shape = tuple(output.shape)
             weights, nonzero = math.prod(layer.weight_shape), _nonzero_weights(module)
-            if _is_sparse(module):
+            uses = getattr(module, "weight_uses", None)
+            if callable(uses):
+                times = uses(layer.output_shape)
+                layer.dense_macs += weights * times
+                layer.effective_macs += nonzero * times
+            elif _is_sparse(module):
                 # The operator did the effective work only; K rows of weights serve each position.
                 positions = output.numel() // max(layer.weight_shape[0], 1)
                 layer.dense_macs += weights * positions
@@ -166,7 +173,8 @@ def _is_sparse(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear)) or _is_sparse(module)
+    announced = callable(getattr(module, "weight_uses", None))
+    return isinstance(module, (_ConvNd, nn.Linear)) or announced or _is_sparse(module)
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

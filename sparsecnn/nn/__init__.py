@@ -12,6 +12,7 @@ from sparsecnn.nn.pattern import PatternConv2d
 from sparsecnn.nn.pointwise import PointwiseConv2d
 from sparsecnn.nn.residual import ResidualBlock
 from sparsecnn.nn.winograd import WinogradConv2d
+from sparsecnn.nn.winograd_relu import WinogradReLUConv2d
 
 SPARSE_LAYERS: dict[str, type] = {"CSRConv2d": CSRConv2d, "CSRLinear": CSRLinear}
 """Layers whose weight is stored in CSR, by the name used in files."""
@@ -27,6 +28,7 @@ __all__ = [
     "PointwiseConv2d",
     "ResidualBlock",
     "WinogradConv2d",
+    "WinogradReLUConv2d",
     "apply_layout_",
     "microbatch_",
 ]

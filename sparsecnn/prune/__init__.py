@@ -7,6 +7,7 @@ selection (scores to masks), budget and schedule (how much, when).
 
 from . import recipes
 from .api import config_from_dict, config_to_dict, prune, prune_
+from .batchnorm import recalibrate_batchnorm
 from .budget import Budget
 from .calibration import Batches, register_collector
 from .granularity import (
@@ -22,6 +23,7 @@ from .granularity import (
     neuron,
     shape,
     strided,
+    winograd,
 )
 from .granularity import parse as parse_granularity
 from .importance import Magnitude, PruneConfig, Random, register_importance
@@ -102,6 +104,7 @@ __all__ = [
     "parse_granularity",
     "prune",
     "prune_",
+    "recalibrate_batchnorm",
     "recipes",
     "register_collector",
     "register_importance",
@@ -109,4 +112,5 @@ __all__ = [
     "shape",
     "sparsity",
     "strided",
+    "winograd",
 ]

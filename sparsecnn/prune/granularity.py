@@ -4,14 +4,15 @@ W is read as (G, K/G, C/G, R*S): conv groups, filters of a group, input channels
 positions in a kernel; a linear weight has G = R*S = 1. A partition of the first kind fixes some
 of these axes and gathers the others, so scores reduce over axes and masks expand over them:
 
-| name    | group                      | n_groups  | gathers           |
-|---------|----------------------------|-----------|-------------------|
-| element | one entry                  | K*C/G*R*S | nothing           |
-| kernel  | W[k, c]                    | K*C/G     | R*S               |
-| filter  | W[k]                       | K         | C/G, R*S          |
-| channel | W[:, c] of its conv group  | C         | K/G, R*S          |
-| shape   | W[:, c, r, s], likewise    | C*R*S     | K/G               |
-| layer   | W                          | 1         | all               |
+| name     | group                      | n_groups  | gathers           |
+|----------|----------------------------|-----------|-------------------|
+| element  | one entry                  | K*C/G*R*S | nothing           |
+| kernel   | W[k, c]                    | K*C/G     | R*S               |
+| filter   | W[k]                       | K         | C/G, R*S          |
+| channel  | W[:, c] of its conv group  | C         | K/G, R*S          |
+| shape    | W[:, c, r, s], likewise    | C*R*S     | K/G               |
+| layer    | W                          | 1         | all               |
+| winograd | one entry, Winograd domain | K*C/G*16  | nothing           |
 
 With G > 1 an input channel is read only by the filters of its conv group, so "channel" and
 "shape" are per conv group; a depthwise convolution (C/G = 1) has channel = its own filters.
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
+
+from sparsecnn.nn.winograd_relu import WinogradReLUConv2d
 
 from .targets import Target
 
@@ -234,14 +238,44 @@ class NM(Axes):
         object.__setattr__(self, "m", m)
 
 
+@dataclass(frozen=True)
+class Winograd(Axes):
+    """Single entries of a weight that is kept in the Winograd domain, (K, C/G, 4, 4).
+
+    The zeros then are multiplications left out (Liu et al., "Efficient Sparse-Winograd
+    Convolutional Neural Networks", ICLR 2018). Zeros of a spatial weight are not: the transform
+    fills them, so convolutions are refused.
+    """
+
+    def n_groups(self, t: Target) -> int:
+        """Number of entries.
+
+        Raises:
+            ValueError: the layer is no `WinogradReLUConv2d`.
+        """
+        if not isinstance(t.module, WinogradReLUConv2d):
+            kind = parametrize.type_before_parametrizations(t.module).__name__
+            raise ValueError(
+                f"{self}: expected layer {t.name!r} to be a WinogradReLUConv2d, got {kind}; pruned "
+                "spatial weights lose their zeros in the transform"
+            )
+        return super().n_groups(t)
+
+    def reduce(self, x: Tensor, t: Target, how: str = "l2") -> Tensor:
+        """Shape of W -> (n_groups,); see `Axes.reduce`."""
+        self.n_groups(t)
+        return super().reduce(x, t, how)
+
+
 element = Axes("element", ())
 kernel = Axes("kernel", (3,))
 filter_ = Axes("filter", (2, 3))
 channel = Axes("channel", (1, 3))
 shape = Axes("shape", (1,))
 layer = Axes("layer", (0, 1, 2, 3))
+winograd = Winograd("winograd", ())
 neuron = filter_  # a unit of a linear layer is a row of its weight: the same partition
-_NAMED = {g.name: g for g in (element, kernel, filter_, channel, shape, layer)}
+_NAMED = {g.name: g for g in (element, kernel, filter_, channel, shape, layer, winograd)}
 _NAMED["neuron"] = neuron
 
 
@@ -259,7 +293,7 @@ def parse(spec: object) -> Axes | Block | Strided:
     """A granularity from its text form, e.g. of a TOML file; the inverse of `str`.
 
     Args:
-        spec: "element", "kernel", "filter", "channel", "shape", "layer", "neuron",
+        spec: "element", "kernel", "filter", "channel", "shape", "layer", "winograd", "neuron",
             "block(bh,bw)", "strided(s)" or "n:m"; a granularity is returned as it is.
 
     Raises:

@@ -110,7 +110,7 @@ def clear_state_(optimizer: torch.optim.Optimizer, dense: nn.Parameter, mask: Te
 
 
 def living(target: Target, keep_zeros: bool) -> Tensor:
-    """Entries that may live: not masked by torch.nn.utils.prune, and nonzero if asked.
+    """Entries that may live: not masked by torch's own pruning, and nonzero if asked.
 
     Returns:
         bool, shape of W, on the CPU.
@@ -121,7 +121,20 @@ def living(target: Target, keep_zeros: bool) -> Tensor:
 
 
 def fold_foreign_mask(target: Target) -> None:
-    """Turn masks of torch.nn.utils.prune into plain zeros; the Parameter stays the same object."""
-    if target.foreign_mask is not None:
+    """Turn masks of torch.nn.utils.prune and torch.ao.pruning into plain zeros.
+
+    The Parameter stays the same object. A sparsifier of torch.ao.pruning has nothing left to work
+    on afterwards: its `step` and `squash_mask` fail.
+    """
+    mask = target.foreign_mask
+    if mask is None:
+        return
+    if parametrize.is_parametrized(target.module, target.param):
+        with torch.no_grad():
+            zero_dead_(target.dense.mul_(mask), mask != 0)
+        parametrize.remove_parametrizations(
+            target.module, target.param, leave_parametrized=False
+        )
+    else:
         torch_prune.remove(target.module, target.param)
-        _weight_first(target.module, target.param)
+    _weight_first(target.module, target.param)

@@ -49,6 +49,8 @@ def check_parts(pruner: Pruner) -> None:
     for name, part, protocol in parts:
         if part is not None and (isinstance(part, type) or not isinstance(part, protocol)):
             raise TypeError(f"Pruner: expected {name} like {protocol.__name__}, got {part!r}")
+    for t in pruner.targets:
+        pruner.granularity.n_groups(t)  # says what layers it does not fit
     if pruner.importance is None and getattr(pruner.selector, "uses_scores", True):
         raise ValueError(
             f"Pruner: expected an importance for {type(pruner.selector).__name__}, got None"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .granularity import channel, filter_, kernel, shape
-from .targets import Target, candidate_targets
+from .targets import SUPPORTED, Target, candidate_targets
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -168,7 +168,7 @@ def _readable_targets(model: nn.Module) -> list[Target]:
         return candidate_targets(model)
     dense = {name: module.to_dense() for name, module in swapped.items()}
     targets = {name: Target(layer, "weight", name) for name, layer in dense.items()}
-    if any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()):
+    if any(isinstance(m, SUPPORTED) for m in model.modules()):
         for target in candidate_targets(model):
             targets.setdefault(target.name, target)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}

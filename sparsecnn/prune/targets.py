@@ -1,7 +1,8 @@
 """What can be pruned: the weights of convolutions and linear layers, each named once.
 
 Conv weight W: (K, C/G, R, S), read as K filters of C/G kernels of R*S entries in G conv groups.
-Linear weight W: (O, I) is the same with R = S = 1 and G = 1.
+Linear weight W: (O, I) is the same with R = S = 1 and G = 1. A weight in the Winograd domain is
+(K, C/G, 4, 4), its 16 points in place of the positions of a kernel.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsecnn.nn.winograd_relu import WinogradReLUConv2d
+
 FilterFn = Callable[[nn.Module, str], bool]
-_SUPPORTED = (nn.Conv2d, nn.Linear)
+SUPPORTED = (nn.Conv2d, nn.Linear, WinogradReLUConv2d)
 _PARAM = "weight"
 
 
@@ -67,7 +70,10 @@ class Target:
 
     @property
     def foreign_mask(self) -> Tensor | None:
-        """The mask that torch.nn.utils.prune attached to the weight, None without one."""
+        """The mask of torch.nn.utils.prune or torch.ao.pruning on the weight, None without one."""
+        if parametrize.is_parametrized(self.module, self.param):
+            masks = _masks_of_sparsifiers(self.module, self.param)
+            return None if masks is None else torch.stack(masks).prod(0)
         if self.module._parameters.get(f"{self.param}_orig") is None:
             return None
         return self.module._buffers.get(f"{self.param}_mask")
@@ -100,7 +106,7 @@ class Target:
 def find_targets(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any] | None = None,
-    types: Sequence[type[nn.Module]] = _SUPPORTED,
+    types: Sequence[type[nn.Module]] = SUPPORTED,
     ignore: Sequence[str] = (),
     filter_fn: FilterFn | None = None,
     *,
@@ -116,7 +122,7 @@ def find_targets(
         model: any module; a bare layer is a model with one target called "".
         example_inputs: one input tensor or the positional arguments of `model`, used only to
             find the order in which layers are called (one forward pass in evaluation mode).
-        types: layer classes, each `nn.Conv2d` or `nn.Linear` or a subclass.
+        types: layer classes, each `nn.Conv2d`, `nn.Linear`, `WinogradReLUConv2d` or a subclass.
         ignore: qualified names or "re:<regular expression>" (matched in full) to leave out.
         filter_fn: `filter_fn(module, name)` returns False for layers to leave out.
         include_classifier: list the classifier as well.
@@ -151,7 +157,7 @@ def find_targets(
 
 
 def candidate_targets(
-    model: nn.Module, types: Sequence[type[nn.Module]] = _SUPPORTED
+    model: nn.Module, types: Sequence[type[nn.Module]] = SUPPORTED
 ) -> list[Target]:
     """All layers of `types` with their aliases, nothing left out and nothing checked.
 
@@ -163,9 +169,10 @@ def candidate_targets(
         raise TypeError(f"find_targets: expected model to be a torch.nn.Module, got {model!r:.80}")
     types = tuple(types) if isinstance(types, Iterable) else (types,)
     for kind in types:
-        if not (isinstance(kind, type) and issubclass(kind, _SUPPORTED)):
+        if not (isinstance(kind, type) and issubclass(kind, SUPPORTED)):
             raise TypeError(
-                f"find_targets: expected types to be nn.Conv2d, nn.Linear or subclasses, got {kind}"
+                "find_targets: expected types to be WinogradReLUConv2d, nn.Conv2d, nn.Linear or "
+                f"subclasses, got {kind}"
             )
     names: dict[int, list[str]] = {}
     owners: dict[int, list[nn.Module]] = {}
@@ -195,6 +202,18 @@ def _raw_parameter(module: nn.Module) -> nn.Parameter | None:
         return raw if isinstance(raw, nn.Parameter) else None
     parameter = module._parameters.get(f"{_PARAM}_orig")
     return module._parameters.get(_PARAM) if parameter is None else parameter
+
+
+def _masks_of_sparsifiers(module: nn.Module, param: str) -> list[Tensor] | None:
+    """Masks of a weight that only the sparsifiers of torch.ao.pruning parametrize, else None.
+
+    Known by the name of their parametrization: the package has moved before (to torchao), keeps
+    copies of the class, and importing it here would load all of torch's quantization.
+    """
+    chain: Any = module.parametrizations
+    sparsifiers = [p for p in chain[param] if type(p).__name__ == "FakeSparsity"]
+    masks = [p.mask for p in sparsifiers if isinstance(getattr(p, "mask", None), Tensor)]
+    return masks if len(masks) == len(chain[param]) else None
 
 
 def find_classifier(
@@ -333,7 +352,8 @@ def check_maskable(target: Target, what: str) -> None:
     """
     name = target.name or "(model)"
     for owner in target.owners:
-        if parametrize.is_parametrized(owner, target.param):
+        hooked = parametrize.is_parametrized(owner, target.param)
+        if hooked and _masks_of_sparsifiers(owner, target.param) is None:
             masks: Any = owner.parametrizations
             kinds = [type(p).__name__ for p in masks[target.param]]
             raise ValueError(
@@ -342,7 +362,7 @@ def check_maskable(target: Target, what: str) -> None:
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
             )
     parameter = _raw_parameter(target.module)
-    hooked = parameter is not target.module._parameters.get(target.param)
+    hooked = any(parameter is not o._parameters.get(target.param) for o in target.owners)
     if parameter is None or (hooked and target.foreign_mask is None):
         raise ValueError(
             f"{what}: expected layer {name!r} to own its weight as a Parameter, got a weight "
@@ -351,7 +371,8 @@ def check_maskable(target: Target, what: str) -> None:
     if hooked and len(target.owners) > 1:
         raise ValueError(
             f"{what}: expected torch.nn.utils.prune masks only on unshared weights, got "
-            f"{', '.join(target.aliases)}; call torch.nn.utils.prune.remove on them first"
+            f"{', '.join(target.aliases)}; call torch.nn.utils.prune.remove on them first, or "
+            "squash_mask on the sparsifier of torch.ao.pruning"
         )
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
