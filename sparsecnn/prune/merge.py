@@ -156,7 +156,10 @@ def _incoming(t: Target) -> Tensor:
     """Effective weight with the bias appended, (n, d + 1) float64 on the CPU."""
     weight = t.weight.detach().to("cpu", torch.float64)
     bias = t.module.bias
-    column = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)  # type: ignore[operator]
+    column = weight.new_zeros(len(weight))
+    if bias is not None:
+        assert isinstance(bias, Tensor)
+        column.copy_(bias)
     return torch.cat([weight, column.unsqueeze(1)], dim=1)
 
 

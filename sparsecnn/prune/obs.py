@@ -101,7 +101,7 @@ class SequentialOBS:
     anew at each.
 
     Attributes:
-        block: None: one H for all weights of a layer, at most `gauss_newton.MAX_BLOCK` of them; "row":
+        block: None: one H for all weights of a layer, at most `gauss_newton.MAX_BLOCK`; "row":
             one per filter or neuron; an int: one per so many consecutive weights.
         damping: alpha, see `gauss_newton.inverse_hessian`.
         scope: "layer": every layer meets the budget; "global": costs are compared across layers.
