@@ -159,7 +159,7 @@ def _incoming(t: Target) -> Tensor:
     column = weight.new_zeros(len(weight))
     if bias is not None:
         assert isinstance(bias, Tensor)
-        column.copy_(bias)
+        column.copy_(bias.detach())
     return torch.cat([weight, column.unsqueeze(1)], dim=1)
 
 

@@ -261,9 +261,8 @@ def bake_weights_(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
-            lists = module.parametrizations
-            assert isinstance(lists, nn.ModuleDict)
-            if any(isinstance(p, SharedWeights) for p in lists["weight"]):  # type: ignore[attr-defined]
+            chain = module.get_submodule("parametrizations.weight")
+            if any(isinstance(part, SharedWeights) for part in chain.children()):
                 weight = module.weight
                 assert isinstance(weight, Tensor)
                 plain = nn.Parameter(weight.detach().clone())
