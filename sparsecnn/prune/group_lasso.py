@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .budget import check_share
-from .granularity import Axes, Block, parse
+from .granularity import parse
 from .protocols import Granularity
 from .regularization import Mode, check_choice, check_every, check_number, zero
 from .selection import group_sizes
@@ -67,7 +68,10 @@ class GroupLasso:
         several = list(given) if isinstance(given, (list, tuple)) else [given]
         if not several:
             raise ValueError("GroupLasso: expected at least one granularity, got none")
-        parsed = tuple(g if _is_granularity(g) else parse(g) for g in several)
+        parsed = tuple(
+            g if isinstance(g, Granularity) and not isinstance(g, type) else parse(g)
+            for g in several
+        )
         strengths = (
             tuple(self.lam) if isinstance(self.lam, (list, tuple)) else (self.lam,) * len(parsed)
         )
@@ -140,8 +144,8 @@ class GroupLasso:
     def _shrink_(self, granularity: Granularity, t: Target, threshold: float) -> None:
         norm = granularity.reduce(t.dense, t, "l2")
         if self.target_sparsity is not None:
-            zeros = int((norm == 0).sum())
-            if zeros >= self.target_sparsity * norm.numel():
+            # Rounded as `TopK` does: a layer that it has pruned to the same share is done.
+            if int((norm == 0).sum()) >= math.ceil(self.target_sparsity * norm.numel() - 0.5):
                 return
         limit = threshold * self._scale(granularity, t)
         # NaN compares false, so that a diverged group stays visible; 0 never divides.
@@ -156,9 +160,3 @@ class GroupLasso:
         if not self.scale_by_size:
             return t.dense.new_ones(())
         return group_sizes(granularity, t).to(t.dense).sqrt()
-
-
-def _is_granularity(value: object) -> bool:
-    return isinstance(value, (Axes, Block)) or (
-        isinstance(value, Granularity) and not isinstance(value, (str, type))
-    )
