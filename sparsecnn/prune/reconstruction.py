@@ -367,8 +367,10 @@ def _refit(w: Tensor, x: Tensor, y: Tensor, kept: Tensor, ridge: float, centred:
             penalty = math.sqrt(ridge * count) * torch.eye(width, dtype=inputs.dtype)
             inputs = torch.cat([inputs, penalty])
             missing = torch.cat([missing, missing.new_zeros(width, missing.shape[1])])
-        # Pivoted QR: the least correction, also where the inputs are linearly dependent.
-        change = torch.linalg.lstsq(inputs, missing, driver="gelsy").solution
+        # By SVD: the least correction where the inputs are linearly dependent (torch's "gelsy" does
+        # not pivot and stops at the first zero column). Centring leaves rounding errors, which the
+        # default limit would take for directions.
+        change = torch.linalg.lstsq(inputs, missing, rcond=1e-11, driver="gelsd").solution
         w[group][:, columns] = (old + change.mT).unflatten(1, (-1, w.shape[3]))
 
 
@@ -379,5 +381,6 @@ def _scales(gram: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
         inner = gram[kept][:, kept]
         missing = moment[kept] - inner.sum(1)
         inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype)
-        scale[kept] += torch.linalg.lstsq(inner, missing[:, None], driver="gelsd").solution[:, 0]
+        change = torch.linalg.lstsq(inner, missing[:, None], rcond=1e-13, driver="gelsd").solution
+        scale[kept] += change[:, 0]
     return scale

@@ -39,9 +39,10 @@ class RandomMaskSearch:
 
     Every mask meets the budget exactly in every layer, and empties none; for the granularity
     "layer" all layers share the budget. Groups that are dead stay dead and count as dropped.
-    Nothing is trained in between (Anwar & Sung, "Coarse Pruning of Convolutional Neural Networks with
-    Random Masks", 2016; companion: Anwar, Hwang, Sung, "Structured Pruning of Deep Convolutional
-    Neural Networks", JETC 2017). For combined granularities prune feature maps first, then kernels.
+    Nothing is trained in between (Anwar & Sung, "Coarse Pruning of Convolutional Neural Networks
+    with Random Masks", 2016; companion: Anwar, Hwang, Sung, "Structured Pruning of Deep
+    Convolutional Neural Networks", JETC 2017). For combined granularities prune feature maps
+    first, then kernels.
 
     The first n masks of a search of more than n are those of a search of n: more trials never end
     with a worse mask. Layers draw in the order of their names.
