@@ -44,7 +44,6 @@ class PruneConfig:
         ValueError: more than one of sparsity, density and count, or a value out of range.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
     reduction: ClassVar[str] = "mean"
 
     sparsity: float | None = field(default=None, kw_only=True)
@@ -61,6 +60,11 @@ class PruneConfig:
             raise ValueError(
                 f"{type(self).__name__}: expected scope 'layer' or 'global', got {self.scope!r}"
             )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `stats` must hold for `score`; may depend on the options."""
+        return frozenset()
 
     def budget(self) -> Budget | None:
         """The budget in the fields, None if there is none."""
