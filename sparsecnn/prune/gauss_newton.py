@@ -25,7 +25,7 @@ from .targets import Target
 BlockSize = Literal["row"] | int | None
 MAX_BLOCK = 4096
 """Weights that one block of H may couple: 128 MiB in float64."""
-_CHUNK = 64  # outer vectors per step of the recursion: enough for matrix products to pay
+_CHUNK = 128  # outer vectors per step of the recursion: enough for matrix products to pay
 _JACOBIAN_ELEMENTS = 2**23  # of all layers' outer vectors at once: 32 MiB in float32
 
 
