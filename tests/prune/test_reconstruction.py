@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_lasso_channel_solver_equals_scikit_learn():
             assert np.allclose(found, expected, atol=1e-5)
             assert np.array_equal(found != 0, np.abs(expected) > 1e-9)
     assert not lasso(gram, moment, np.abs(moment).max()).any()
+
+
+def test_lasso_channel_solver_with_redundant_channels(monkeypatch):
+    """Each column twice, and one that is 0: no support of the wanted size, yet an optimum."""
+    z = rand(80, 5, seed=1).double().numpy()
+    z = np.concatenate([z, z, np.zeros((80, 1))], 1)
+    gram, moment = z.T @ z / 80, z.T @ z.sum(1) / 80
+    beta = lasso_support(gram, moment, 11)
+    assert 5 <= np.count_nonzero(beta) <= 10
+    assert beta[10] == 0
+    assert np.abs(z @ beta - z.sum(1)).max() < 1e-4
+    assert np.count_nonzero(lasso_support(gram, moment, 3)) >= 3
+    monkeypatch.setattr(sys.modules[lasso.__module__], "_SWEEPS", 0)
+    with pytest.raises(RuntimeError, match="lasso: expected convergence within 0 sweeps"):
+        lasso(gram, moment, 0.1)
 
 
 def relative_error(layer, before, images):
