@@ -219,6 +219,17 @@ class Standardized(nn.Linear):
         return functional.linear(x, self.weight - self.weight.mean(), self.bias)
 
 
+class Twice(Residual):
+    def forward(self, x):
+        self.a(x)
+        return self.b(x)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return functional.dropout(super().forward(x), training=True)
+
+
 class Unconnected(nn.Module):
     def __init__(self):
         super().__init__()
@@ -230,12 +241,26 @@ class Unconnected(nn.Module):
         return y
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.a(y).relu() if float(y.sum()) > -1e9 else y
+
+
 REFUSED = {
-    "readers": (Residual, "several readers|got add"),
-    "product": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GLU()), "got glu"),
-    "weight": (lambda: Standardized(4, 4), "a function of the weight"),
-    "output": (Unconnected, "an output that does not come"),
-    "softmax": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), "got softmax"),
+    "readers": (Residual, "add"),
+    "twice": (Twice, "a value with several readers at linear"),
+    "glu": (lambda: nn.Sequential(nn.Linear(4, 4), nn.GLU()), "glu"),
+    "softmax": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), "softmax"),
+    "weight": (lambda: Standardized(4, 4), "a function of the weight of ''"),
+    "output": (Unconnected, "an output that does not come from the last"),
+    "value": (Gated, "sum"),
+    "batch": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Flatten(0)), "an output whose first"),
+    "random": (lambda: Noisy(4, 4), "dropout in training mode"),
 }
 
 
@@ -243,7 +268,8 @@ REFUSED = {
 def test_backprop_refuses_what_it_does_not_cover(name):
     build, reason = REFUSED[name]
     model = seeded(build)
-    with pytest.raises(ValueError, match=f"mode 'backprop', got .*({reason})|({reason})"):
+    message = rf"for mode 'backprop', got {reason}.*; use mode 'fisher'"
+    with pytest.raises(ValueError, match=message):
         hessian(model, randn(5, 4), randn(5, 4, seed=1), "backprop", squared_error)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
