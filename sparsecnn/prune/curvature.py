@@ -273,7 +273,7 @@ class _Tape(TorchFunctionMode):
         handles = [owner.register_forward_pre_hook(entering) for owner in self._owners]
         try:
             with torch.no_grad(), observed(self._owners, leaving), self:
-                output = model(start)
+                output: Tensor = model(start)
         finally:
             for handle in handles:
                 handle.remove()
