@@ -257,8 +257,13 @@ def _decide(
             continue
         key = config if config.scope == "global" else len(pools)
         pools.setdefault(key, []).append((coupled, config))
-    for pool in pools.values():
-        slots = [_slots(c, config, work, targets, stats, reduce) for c, config in pool]
+    def rank(pool: list[tuple[Coupled, PruneConfig]]) -> list[list[tuple[float, list[int]]]]:
+        return [_slots(c, config, work, targets, stats, reduce) for c, config in pool]
+
+    # Unless greedy, all scores come before the first columns of `work` are zeroed.
+    ranked = None if greedy else {key: rank(pool) for key, pool in pools.items()}
+    for key, pool in pools.items():
+        slots = rank(pool) if ranked is None else ranked[key]
         # The best slot of every group is its floor.
         free = [s[:-1] for s in slots]
         budget = pool[0][1].budget()
