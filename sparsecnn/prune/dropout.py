@@ -187,7 +187,7 @@ def multinomial_factors(
 
 
 def _scaled(x: Tensor, probs: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-    factors = multinomial_factors(probs.detach(), k, x.shape[0], generator).to(x.dtype)
+    factors = multinomial_factors(probs, k, x.shape[0], generator).to(x.dtype)
     return x * factors.reshape(*factors.shape, *[1] * (x.dim() - 2))
 
 

@@ -30,7 +30,6 @@ from .granularity import channel, filter_
 from .importance import PruneConfig, register
 from .protocols import Granularity, Stats
 from .regularization import check_choice, check_number, zero
-from .selection import group_sizes
 from .targets import Target, evaluating
 
 On = Literal["output", "input"]
@@ -296,7 +295,8 @@ class L0Penalty:
         if not gated:
             raise ValueError("L0Penalty: expected targets with gates, got none; call add_gates_")
         for t, gate, granularity in gated:
-            each = self.lam * group_sizes(granularity, t).to(t.dense)
+            # Filters and channels are groups of one size.
+            each = torch.full_like(gate.log_alpha, self.lam * t.dense.numel() / gate.n)
             if self.decay:
                 each = each + self.decay / 2 * granularity.reduce(t.dense.square(), t, "sum")
             total = total + (each * gate.open_probability()).sum()

@@ -148,11 +148,10 @@ class GroupLasso:
             if int((norm == 0).sum()) >= math.ceil(self.target_sparsity * norm.numel() - 0.5):
                 return
         limit = threshold * self._scale(granularity, t)
-        # NaN compares false, so that a diverged group stays visible; 0 never divides.
+        # NaN compares false, so that a diverged group stays visible.
         dead = norm <= limit
-        factor = torch.where(dead, torch.zeros_like(norm), 1 - limit / norm)
-        t.dense.mul_(granularity.expand(factor, t))
-        # -w * 0 is -0: a zero group is +0 as everywhere.
+        t.dense.mul_(granularity.expand(1 - limit / norm, t))
+        # Overwrites whatever a norm of 0 gave, and the -0 that a product would leave.
         t.dense.masked_fill_(granularity.expand(dead, t), 0)
 
     def _scale(self, granularity: Granularity, t: Target) -> Tensor:
