@@ -177,6 +177,12 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
         raise ValueError(
             f"channels: expected model to be traceable, got {type(error).__name__}: {error}"
         ) from error
+    # Heads that only run in training would go on reading maps that are gone.
+    idle = [n for m, n in names.items() if isinstance(m, _SLICED) and m not in graph.module2node]
+    if idle:
+        raise ValueError(
+            f"channels: expected every layer to run in evaluation mode, got idle {idle[:5]}"
+        )
     return [_read_group(graph, group, names) for group in found]
 
 
