@@ -18,7 +18,7 @@ of the schedule. Steps 2 and 3 belong to mask mode "hard".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +133,7 @@ class Pruner:
         self._epoch = 0
         self._frozen = False
         self._optimizer: torch.optim.Optimizer | None = None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._finalized = False
         self.running = Running(self.needs, self.targets)
         # Everything is checked; from here on the model changes.
@@ -172,11 +172,15 @@ class Pruner:
                 f"{len(self.targets)}"
             )
         self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.after_step())
+        # Before the step the weights are still those that the gradients belong to.
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._each_rate(self.running.observe)),
+            optimizer.register_step_post_hook(lambda *_: self.after_step()),
+        ]
         return self
 
     def penalty(self) -> Tensor:
-        """Sum of the regularizers' penalties, a scalar to add to the loss; 0 without any."""
+        """Sum of the regularizers' penalties to add to the loss."""
         dense = self.targets[0].dense
         total = torch.zeros((), device=dense.device, dtype=dense.dtype)
         for part in self.regularizers:
@@ -195,19 +199,21 @@ class Pruner:
         self._check_live("after_step")
         if self._optimizer is None and self.regularizers:
             raise ValueError(
-                "Pruner.after_step: expected an attached optimizer for the learning rate of "
-                "regularizers, got none"
+                "Pruner.after_step: expected an attached optimizer for regularizers, got none"
             )
-        # The rate is read here, not at attach: learning-rate schedulers change it.
+        for part in self.regularizers:
+            self._each_rate(lambda targets, lr, part=part: part.prox_(targets, lr, self._step))
+        self._hold_zeros()
+        self.step()
+
+    def _each_rate(self, act: Callable[[list[Target], float], None]) -> None:
+        """Call `act` with the targets and the learning rate of every parameter group."""
+        # The rate is read now, not at attach: learning-rate schedulers change it.
         for group in () if self._optimizer is None else self._optimizer.param_groups:
             held = {id(p) for p in group["params"]}
             inside = [t for t in self.targets if id(t.dense) in held]
             if inside:
-                self.running.observe(inside, float(group["lr"]))
-                for part in self.regularizers:
-                    part.prox_(inside, float(group["lr"]), self._step)
-        self._hold_zeros()
-        self.step()
+                act(inside, float(group["lr"]))
 
     def _hold_zeros(self) -> None:
         """Re-apply the masks to values and optimizer state; "ste" lets both move."""
@@ -241,8 +247,7 @@ class Pruner:
             The event that happened, None for none.
 
         Raises:
-            ValueError: finalized, or a part answered with something unusable; the tick has not
-                happened then and no mask has changed.
+            ValueError: finalized, or a part answered with something unusable: no mask has changed.
         """
         self._check_live("step")
         event = None if self._frozen else self.schedule.event(self._step, self._epoch)
@@ -318,11 +323,7 @@ class Pruner:
         for t in self.targets:
             old = self._masks[t].mask
             new = self.regrowth.regrow(t, old.clone(), stats)
-            if new.shape != old.shape or new.dtype != torch.bool:
-                raise ValueError(
-                    f"{type(self.regrowth).__name__}: expected a bool mask of shape "
-                    f"{tuple(old.shape)} for layer {t.name!r}, got {new.dtype} {tuple(new.shape)}"
-                )
+            check_regrown(self.regrowth, t, old, new)
             masks[t] = new.cpu() & self._base[t]
         self._set_masks(masks)
 
@@ -345,16 +346,13 @@ class Pruner:
         return report_of(self.targets)
 
     def finalize(self) -> nn.Module:
-        """Bake the masks into plain weights, remove parametrizations and the hook.
+        """Bake the masks into plain weights, remove parametrizations and hooks; returns the model.
 
         The Parameters stay the same objects. A second call does nothing.
-
-        Returns:
-            The model.
         """
         if not self._finalized:
-            if self._hook is not None:
-                self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             with torch.no_grad():
                 self._silence_dead_maps()
             for t, mask in self._masks.items():
