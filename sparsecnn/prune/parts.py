@@ -103,6 +103,20 @@ def check_targets(model: nn.Module, targets: Sequence[Target]) -> None:
         raise ValueError("Pruner: expected each weight once in targets, got repeats")
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, targets: Sequence[Target]) -> None:
+    """Refuse an optimizer of other parameters.
+
+    Raises:
+        ValueError: it holds none of the targets' weights.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(t.dense) in held for t in targets):
+        raise ValueError(
+            "Pruner.attach: expected an optimizer that holds the pruned weights, got none of "
+            f"{len(targets)}"
+        )
+
+
 def check_regrown(part: Regrowth, t: Target, old: Tensor, new: Tensor) -> None:
     """Refuse what is no mask.
 
