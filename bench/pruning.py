@@ -46,7 +46,7 @@ def measure(method: Method, context: Context) -> dict[str, Any]:
     begin = time.perf_counter()
     dense = context.dense(method.network)
     masked = method.run(context).eval()
-    images, labels = context.data.test.tensors
+    images = context.data.test.tensors[0]
     fast = sparsecnn.materialize(masked, images[:1])
     with torch.inference_mode():
         before, after = masked(images), fast(images)
