@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .api import Config, _resolve
+from .api import Config, resolve
 from .granularity import filter_
 from .importance import PruneConfig
 from .protocols import Calibration, Stats
-from .selection import _drop_lowest, score_targets
+from .selection import drop_lowest, score_targets
 from .surgery import Plan, apply_plan, is_depthwise
 from .targets import Target, check_maskable, evaluating, refuse_sparse_layers
 
@@ -115,7 +115,7 @@ def prune_channels_(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"prune_channels_: expected reduce 'mean' or 'sum', got {reduce!r}")
     inputs = example_inputs if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    chosen_here = _resolve(model, config, None, include_classifier, inputs)
+    chosen_here = resolve(model, config, None, include_classifier, inputs)
     for target, entry in chosen_here.items():
         check_maskable(target, "prune_channels_")
         if target.foreign_mask is not None or len(target.owners) > 1:
@@ -135,7 +135,7 @@ def prune_channels_(
             raise ValueError("prune_channels_: expected scope 'layer' with greedy, got 'global'")
     # Everything is decided and tried on copies; the model itself changes only at the very end.
     work = copy.deepcopy(model)
-    chosen = _resolve(work, config, None, include_classifier, inputs)
+    chosen = resolve(work, config, None, include_classifier, inputs)
     needs = frozenset().union(*(c.needs for c in chosen.values()))
     if needs and calibration is None:
         raise ValueError(
@@ -270,7 +270,7 @@ def _decide(
         assert budget is not None
         target = budget.to_drop(sum(c.size for c, _ in pool))
         flat = [slot for entry in free for slot in entry]
-        keep = _drop_lowest(
+        keep = drop_lowest(
             torch.tensor([score for score, _ in flat], dtype=torch.float64),
             torch.tensor([len(maps) for _, maps in flat], dtype=torch.int64),
             target,

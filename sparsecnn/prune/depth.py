@@ -15,7 +15,7 @@ from .targets import evaluating
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
-def remove_layers_(
+def remove_layers(
     model: nn.Module, names: Sequence[str], example_inputs: Tensor | Sequence[Any]
 ) -> fx.GraphModule:
     """Remove the residual branches that contain the named layers; their shortcuts stay.
@@ -40,7 +40,7 @@ def remove_layers_(
         traced = fx.symbolic_trace(model)
     except Exception as error:
         raise ValueError(
-            f"remove_layers_: expected model to be traceable by torch.fx, got {error}"
+            f"remove_layers: expected model to be traceable by torch.fx, got {error}"
         ) from error
     arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     shapes = _shapes(traced, arguments)
@@ -48,7 +48,7 @@ def remove_layers_(
     for name in names:
         if name not in calls:
             raise ValueError(
-                f"remove_layers_: expected the name of a layer that is called, got {name!r}"
+                f"remove_layers: expected the name of a layer that is called, got {name!r}"
             )
         node = calls[name]
         if node not in traced.graph.nodes:
@@ -82,7 +82,7 @@ def _bypass(node: fx.Node, shapes: dict[str, torch.Size], name: str) -> None:
         node.replace_all_uses_with(source)
         return
     raise ValueError(
-        f"remove_layers_: expected layer {name!r} inside of a residual branch or with equal input "
+        f"remove_layers: expected layer {name!r} inside of a residual branch or with equal input "
         "and output shapes, got neither"
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecnn.prune.depth import remove_layers_
+from sparsecnn.prune.depth import remove_layers
 
 
 class Block(nn.Module):
@@ -36,7 +36,7 @@ def test_layer_prune_resnet(name):
     model = resnet()
     reference = copy.deepcopy(model)
     reference[int(name[0])].bn2.register_forward_hook(lambda _m, _i, output: output * 0)
-    small = remove_layers_(model, [name], X)
+    small = remove_layers(model, [name], X)
     with torch.no_grad():
         assert (small(X) - reference(X)).abs().max() == 0
         assert not torch.equal(small(X), model(X))
@@ -45,6 +45,6 @@ def test_layer_prune_resnet(name):
 
 def test_layer_prune_resnet_refuses_what_changes_shapes():
     with pytest.raises(ValueError, match="inside of a residual branch"):
-        remove_layers_(resnet(), ["0"], X)
+        remove_layers(resnet(), ["0"], X)
     with pytest.raises(ValueError, match="name of a layer that is called"):
-        remove_layers_(resnet(), ["9"], X)
+        remove_layers(resnet(), ["9"], X)
