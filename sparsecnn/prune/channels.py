@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import Config, resolve
+from .coupling import follow, obstacle, trace
 from .granularity import filter_
 from .importance import PruneConfig
 from .protocols import Calibration, Stats
@@ -49,6 +50,8 @@ class ChannelReport:
 @dataclass
 class Coupled:
     """Maps that live or die together: map i of the first producer and all that it implies.
+
+    Where maps of the first producer imply each other they count as one.
 
     Attributes:
         size: number of maps.
@@ -85,8 +88,8 @@ def prune_channels_(
     Args:
         model: the network; convolutions, linear layers and batch norm can shrink.
         example_inputs: one input or the positional arguments, for tracing and for the check.
-        config: as in `prune_`; the budget counts filters. Scope "global" lets all coupled groups
-            with one config compete.
+        config: as in `prune_`; the budget counts filters, coupled ones as one. Scope "global"
+            lets all coupled groups with one config compete.
         round_to: keep a multiple of this many filters (rounded up), because vector units work in
             lanes of 8 or 16 and a rest costs as much as a full one. None is 1.
         reduce: how the scores of coupled filters combine.
@@ -164,33 +167,30 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
     Raises:
         ValueError: the network cannot be traced.
     """
-    from torch_pruning import DependencyGraph
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    graph = trace(model, inputs)
     names = {module: name for name, module in model.named_modules()}
-    try:
-        with torch.enable_grad():
-            graph = DependencyGraph().build_dependency(model, inputs, verbose=False)
-            found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
-    except Exception as error:  # whatever the tracer stumbles over
-        raise ValueError(
-            f"channels: expected model to be traceable, got {type(error).__name__}: {error}"
-        ) from error
     # Heads that only run in training would go on reading maps that are gone.
     idle = [n for m, n in names.items() if isinstance(m, _SLICED) and m not in graph.module2node]
     if idle:
         raise ValueError(
             f"channels: expected every layer to run in evaluation mode, got idle {idle[:5]}"
         )
-    return [_read_group(graph, group, names) for group in found]
+    found: list[Coupled] = []
+    done: set[str] = set()
+    for module in graph.module2node:
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and names[module] not in done:
+            found.append(_read_group(graph, module, names))
+            done.update(found[-1].producers)
+    return found
 
 
-def _read_group(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Coupled:
-    coupled = Coupled(size=len(group[0].idxs))
+def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> Coupled:
+    size, touched = follow(graph, root)
+    coupled = Coupled(size)
     read = False
-    for item in group:
-        module = item.dep.target.module
+    for node, side, table in touched:
+        coupled.refusal = coupled.refusal or obstacle(node)
+        module = node.module
         if module not in names:
             if isinstance(module, nn.Parameter):
                 coupled.refusal = "a parameter outside of the known layers is coupled to it"
@@ -200,15 +200,12 @@ def _read_group(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Coupl
             coupled.refusal = f"{name} ({type(module).__name__}) is coupled to it"
             continue
         depthwise = isinstance(module, nn.Conv2d) and is_depthwise(module)
-        out = depthwise or graph.is_out_channel_pruning_fn(item.dep.handler)
-        table: dict[int, list[int]] = {}
-        for index, root in zip(item.idxs, item.root_idxs, strict=True):
-            table.setdefault(root, []).append(index)
+        out = depthwise or graph.is_out_channel_pruning_fn(side)
         coupled.sides[name, "out" if out else "in"] = table
         if out and not isinstance(module, _BatchNorm):
             coupled.producers[name] = table
         read = read or not out
-    if not read:
+    if not read and not coupled.refusal:
         coupled.refusal = "no layer reads its maps: they are the model's output"
     return coupled
 
@@ -240,6 +237,7 @@ def _decide(
 ) -> tuple[ChannelReport, Plan]:
     """Select in every group; `work` ends with the consumers' columns of removed maps zeroed."""
     report, plan = ChannelReport(), Plan()
+    shrunk: dict[str, None] = {}  # in order
     targets = {t.name: t for t in chosen}
     order = {name: i for i, (name, _) in enumerate(work.named_modules())}
     pools: dict[PruneConfig | int, list[tuple[Coupled, PruneConfig]]] = {}
@@ -285,9 +283,10 @@ def _decide(
             maps = {i for _, slot in entry[:dropped] for i in slot}
             add_to_plan(plan, coupled, maps)
             ignore_maps_(work, coupled, maps)
-            for name, table in coupled.producers.items():
-                old = sum(map(len, table.values()))
-                report.layers[name] = (old, old - sum(len(table.get(i, [])) for i in maps))
+            shrunk.update(dict.fromkeys(coupled.producers))
+    for name in shrunk:
+        old = targets[name].shape[0]
+        report.layers[name] = (old, old - len(plan[name].get("out", ())))
     return report, plan
 
 
