@@ -10,7 +10,8 @@ network in which the consumers of the removed maps ignore them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -181,6 +182,8 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
         if isinstance(module, (nn.Conv2d, nn.Linear)) and names[module] not in done:
             found.append(_read_group(graph, module, names))
             done.update(found[-1].producers)
+    for coupled in found:
+        coupled.refusal = coupled.refusal or _uneven(coupled, model)
     return found
 
 
@@ -213,17 +216,36 @@ def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> 
 def _cells(coupled: Coupled, model: nn.Module) -> list[list[int]]:
     """The maps by which convolution groups they belong to; each cell loses equally many."""
     labels: dict[int, list[int]] = {i: [] for i in range(coupled.size)}
-    for (name, side), table in coupled.sides.items():
-        module = model.get_submodule(name)
-        if not isinstance(module, nn.Conv2d) or module.groups == 1 or is_depthwise(module):
-            continue
-        width = (module.out_channels if side == "out" else module.in_channels) // module.groups
+    for _, width, table in _grouped_sides(coupled, model):
         for i in labels:
             labels[i].append(min(table[i]) // width if i in table else -1)
     cells: dict[tuple[int, ...], list[int]] = {}
     for i, label in labels.items():
         cells.setdefault(tuple(label), []).append(i)
     return list(cells.values())
+
+
+def _grouped_sides(
+    coupled: Coupled, model: nn.Module
+) -> Iterator[tuple[int, int, dict[int, list[int]]]]:
+    """Groups, channels per group and table of every grouped convolution that is touched."""
+    for (name, side), table in coupled.sides.items():
+        conv = model.get_submodule(name)
+        if isinstance(conv, nn.Conv2d) and conv.groups > 1 and not is_depthwise(conv):
+            channels = conv.out_channels if side == "out" else conv.in_channels
+            yield conv.groups, channels // conv.groups, table
+
+
+def _uneven(coupled: Coupled, model: nn.Module) -> str:
+    """Why no map can go such that every convolution group loses equally many, "" if one can."""
+    cells = _cells(coupled, model)
+    if len(cells) == coupled.size > 1:
+        return "each of its maps is a whole convolution group"
+    even = len({len(cell) for cell in cells}) == 1
+    for groups, width, table in _grouped_sides(coupled, model):
+        losses = Counter(i // width for cell in cells for i in table.get(cell[0], ()))
+        even = even and len(losses) == groups and len(set(losses.values())) == 1
+    return "" if even else "its convolution groups are coupled unevenly"
 
 
 def _decide(
@@ -247,14 +269,13 @@ def _decide(
         reason = coupled.refusal
         if not reason and len(configs) > 1:
             reason = f"coupled layers {', '.join(coupled.producers)} have different configs"
-        elif not reason and len({len(c) for c in _cells(coupled, work)}) > 1:
-            reason = "its convolution groups are coupled unevenly"
         config = next(iter(configs))
         if reason or config is None:
             report.kept.update({n: reason for n in addressed})
             continue
         key = config if config.scope == "global" else len(pools)
         pools.setdefault(key, []).append((coupled, config))
+
     def rank(pool: list[tuple[Coupled, PruneConfig]]) -> list[list[tuple[float, list[int]]]]:
         return [_slots(c, config, work, targets, stats, reduce) for c, config in pool]
 
