@@ -174,7 +174,8 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
     idle = [n for m, n in names.items() if isinstance(m, _SLICED) and m not in graph.module2node]
     if idle:
         raise ValueError(
-            f"channels: expected every layer to run in evaluation mode, got idle {idle[:5]}"
+            "channels: expected every layer to reach the outputs in evaluation mode, got unused "
+            f"{idle[:5]}; remove them, or build the model without auxiliary heads"
         )
     found: list[Coupled] = []
     done: set[str] = set()
@@ -208,8 +209,8 @@ def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> 
         if out and not isinstance(module, _BatchNorm):
             coupled.producers[name] = table
         read = read or not out
-    if not read and not coupled.refusal:
-        coupled.refusal = "no layer reads its maps: they are the model's output"
+    if not read:
+        coupled.refusal = coupled.refusal or "no layer reads its maps: they are the model's output"
     return coupled
 
 
@@ -259,7 +260,6 @@ def _decide(
 ) -> tuple[ChannelReport, Plan]:
     """Select in every group; `work` ends with the consumers' columns of removed maps zeroed."""
     report, plan = ChannelReport(), Plan()
-    shrunk: dict[str, None] = {}  # in order
     targets = {t.name: t for t in chosen}
     order = {name: i for i, (name, _) in enumerate(work.named_modules())}
     pools: dict[PruneConfig | int, list[tuple[Coupled, PruneConfig]]] = {}
@@ -304,8 +304,7 @@ def _decide(
             maps = {i for _, slot in entry[:dropped] for i in slot}
             add_to_plan(plan, coupled, maps)
             ignore_maps_(work, coupled, maps)
-            shrunk.update(dict.fromkeys(coupled.producers))
-    for name in shrunk:
+    for name in (n for pool in pools.values() for coupled, _ in pool for n in coupled.producers):
         old = targets[name].shape[0]
         report.layers[name] = (old, old - len(plan[name].get("out", ())))
     return report, plan

@@ -159,6 +159,6 @@ def test_layer_norm_keeps_the_width_and_the_hidden_maps_go():
 
 def test_layers_that_only_run_in_training_are_refused():
     model = Between(lambda m, y: y + 0 * m.aux(y) if m.training else y, aux=nn.Conv2d(8, 8, 1))
-    with pytest.raises(ValueError, match=r"run in evaluation mode, got idle \['aux'\]"):
+    with pytest.raises(ValueError, match=r"outputs in evaluation mode, got unused \['aux'\]"):
         prune_channels_(model, X, {"a": HALF})
     assert model.a.out_channels == 8
