@@ -16,7 +16,7 @@ from ._accelerate.copy import bake_, duplicate
 from .accelerate import accelerate
 from .measure import Report
 from .prune import Pruner
-from .prune.channels import remove_zeroed_
+from .prune.zeroed import remove_zeroed_
 
 __all__ = ["materialize"]
 
@@ -52,5 +52,8 @@ def materialize(
     removed = remove_zeroed_(smaller, example)
     fast = accelerate(smaller, example, **options)
     assert isinstance(fast.report, Report)
-    fast.report.notes += removed.notes()
+    fast.report.notes += [
+        f"removed: {name} has {new} of {old} filters" for name, (old, new) in removed.layers.items()
+    ]
+    fast.report.notes += [f"not removed: {name}: {why}" for name, why in removed.kept.items()]
     return fast

@@ -10,6 +10,9 @@ from .api import config_from_dict, config_to_dict, prune, prune_
 from .batchnorm import recalibrate_batchnorm
 from .budget import Budget
 from .calibration import Batches, register_collector
+from .criteria import FPGM, LAMP, BNScale
+from .dropout import Dropout, EvolutionalDropout, MultinomialDropout, rescale_dropout_
+from .gates import Gates, HardConcreteGate, L0Penalty, add_gates_, fold_gates_
 from .granularity import (
     NM,
     Block,
@@ -26,8 +29,11 @@ from .granularity import (
     winograd,
 )
 from .granularity import parse as parse_granularity
+from .group_lasso import GroupLasso
 from .importance import Magnitude, PruneConfig, Random, register_importance
 from .mask import Mask
+from .merge import MergeIntoNearest, PairMerge, linear_consumers
+from .obs import OBSUpdate, SequentialOBS
 from .protocols import (
     Calibration,
     Compensator,
@@ -40,8 +46,11 @@ from .protocols import (
     Stats,
 )
 from .pruner import Pruner
+from .reconstruction import GreedyReconstruction, LassoPath, LeastSquares
 from .regrowth import ReactivateAll, Splice
+from .regularization import L1, L0Ball, MaxNorm, TensorNuclear, UnitBias
 from .report import LayerSparsity, SparsityReport, sparsity
+from .saliency import OBD, SNIP, APoZ, Fisher, Movement, Taylor, Wanda
 from .schedule import (
     Alternating,
     Event,
@@ -51,46 +60,79 @@ from .schedule import (
     Polynomial,
     Probabilistic,
 )
+from .search import GreedyLayerSearch, RandomMaskSearch
 from .selection import TopK
 from .sensitivity import Sensitivity, sensitivity
 from .targets import Target, find_targets
 from .threshold import Threshold
 
 __all__ = [
-    "NM",
+    "APoZ",
     "Alternating",
+    "BNScale",
     "Batches",
     "Block",
     "Budget",
     "Calibration",
     "Compensator",
+    "Dropout",
     "Event",
+    "EvolutionalDropout",
+    "FPGM",
+    "Fisher",
+    "Gates",
     "Granularity",
+    "GreedyLayerSearch",
+    "GreedyReconstruction",
+    "GroupLasso",
+    "HardConcreteGate",
     "Importance",
     "Iterative",
+    "L0Ball",
+    "L0Penalty",
+    "L1",
+    "LAMP",
+    "LassoPath",
     "LayerByLayer",
     "LayerSparsity",
+    "LeastSquares",
     "Magnitude",
     "Mask",
+    "MaxNorm",
+    "MergeIntoNearest",
+    "Movement",
+    "MultinomialDropout",
+    "NM",
+    "OBD",
+    "OBSUpdate",
     "OneShot",
+    "PairMerge",
     "Polynomial",
     "Probabilistic",
     "PruneConfig",
     "Pruner",
     "Random",
+    "RandomMaskSearch",
     "ReactivateAll",
     "Regrowth",
     "Regularizer",
+    "SNIP",
     "Schedule",
     "Selector",
     "Sensitivity",
+    "SequentialOBS",
     "SparsityReport",
     "Splice",
     "Stats",
     "Strided",
     "Target",
+    "Taylor",
+    "TensorNuclear",
     "Threshold",
     "TopK",
+    "UnitBias",
+    "Wanda",
+    "add_gates_",
     "block",
     "channel",
     "config_from_dict",
@@ -98,8 +140,10 @@ __all__ = [
     "element",
     "filter_",
     "find_targets",
+    "fold_gates_",
     "kernel",
     "layer",
+    "linear_consumers",
     "neuron",
     "parse_granularity",
     "prune",
@@ -108,6 +152,7 @@ __all__ = [
     "recipes",
     "register_collector",
     "register_importance",
+    "rescale_dropout_",
     "sensitivity",
     "shape",
     "sparsity",

@@ -109,6 +109,15 @@ def clear_state_(optimizer: torch.optim.Optimizer, dense: nn.Parameter, mask: Te
             value.masked_fill_(~mask.to(value.device), 0)
 
 
+def hold_zeros_(
+    dense: nn.Parameter, mask: Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """`zero_dead_`, and `clear_state_` where there is an optimizer."""
+    zero_dead_(dense, mask)
+    if optimizer is not None:
+        clear_state_(optimizer, dense, mask)
+
+
 def living(target: Target, keep_zeros: bool) -> Tensor:
     """Entries that may live: not masked by torch's own pruning, and nonzero if asked.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .budget import Budget
 from .granularity import NM, Axes, Block, Strided, element, parse
@@ -100,6 +101,33 @@ def check_targets(model: nn.Module, targets: Sequence[Target]) -> None:
         check_maskable(t, "Pruner")
     if len({id(t.dense) for t in targets}) != len(targets):
         raise ValueError("Pruner: expected each weight once in targets, got repeats")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, targets: Sequence[Target]) -> None:
+    """Refuse an optimizer of other parameters.
+
+    Raises:
+        ValueError: it holds none of the targets' weights.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(t.dense) in held for t in targets):
+        raise ValueError(
+            "Pruner.attach: expected an optimizer that holds the pruned weights, got none of "
+            f"{len(targets)}"
+        )
+
+
+def check_regrown(part: Regrowth, t: Target, old: Tensor, new: Tensor) -> None:
+    """Refuse what is no mask.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if new.shape != old.shape or new.dtype != torch.bool:
+        raise ValueError(
+            f"{type(part).__name__}: expected a bool mask of shape {tuple(old.shape)} for layer "
+            f"{t.name!r}, got {new.dtype} {tuple(new.shape)}"
+        )
 
 
 def check_state(pruner: Pruner, state: dict[str, Any]) -> None:

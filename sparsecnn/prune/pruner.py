@@ -18,7 +18,7 @@ of the schedule. Steps 2 and 3 belong to mask mode "hard".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,9 @@ from .followers import find_batch_norms, per_map_parameters
 from .granularity import filter_, layer
 from .importance import Random
 from .parts import (
+    check_optimizer,
     check_parts,
+    check_regrown,
     check_state,
     check_targets,
     choose_budget,
@@ -74,7 +76,8 @@ class Pruner:
         schedule: when to prune; default `OneShot()`, the first tick.
         regrowth: answers the schedule's "regrow" events.
         regularizers: penalties and proximal steps of every optimizer step.
-        mask_mode: "hard" or "ste", see `sparsecnn.prune.mask`.
+        regularize_until: tick from which they rest; None for never.
+        mask_mode: "hard" or "ste", see `mask`.
         targets: what to prune; default `find_targets(model, example_inputs)`.
         example_inputs: see `find_targets`. With a granularity of whole filters it also finds the
             batch norms: their scale and shift, and the layers' biases, are then held at 0 where a
@@ -101,6 +104,7 @@ class Pruner:
         schedule: Schedule | None = None,
         regrowth: Regrowth | None = None,
         regularizers: Sequence[Regularizer] = (),
+        regularize_until: int | None = None,
         mask_mode: masking.MaskMode = "hard",
         targets: Sequence[Target] | None = None,
         example_inputs: Tensor | Sequence[Any] | None = None,
@@ -116,6 +120,7 @@ class Pruner:
         self.compensator = compensator
         self.regrowth = regrowth
         self.regularizers = tuple(regularizers)
+        self.regularize_until = regularize_until
         self.calibration = calibration
         self.granularity = choose_granularity(granularity, importance)
         self.budget = choose_budget(budget, importance, self.granularity)
@@ -133,19 +138,19 @@ class Pruner:
         self._epoch = 0
         self._frozen = False
         self._optimizer: torch.optim.Optimizer | None = None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._finalized = False
         self.running = Running(self.needs, self.targets)
+        self._per_map: dict[Target, list[nn.Parameter]] = {}
+        if example_inputs is not None and self.granularity in (filter_, layer):
+            norms = find_batch_norms(model, self.targets, example_inputs)
+            self._per_map = {t: per_map_parameters(t, norms.get(t)) for t in self.targets}
         # Everything is checked; from here on the model changes.
         self._base = {t: masking.living(t, keep_zeros) for t in self.targets}
         self._masks: dict[Target, masking.Mask] = {}
         for t in self.targets:
             masking.fold_foreign_mask(t)
             self._masks[t] = masking.attach(t, self._base[t], mask_mode)
-        self._per_map: dict[Target, list[nn.Parameter]] = {}
-        if example_inputs is not None and self.granularity in (filter_, layer):
-            norms = find_batch_norms(model, self.targets, example_inputs)
-            self._per_map = {t: per_map_parameters(t, norms.get(t)) for t in self.targets}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -154,10 +159,9 @@ class Pruner:
         return frozenset().union(*(part.needs for part in parts if part is not None))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
-        """Run `after_step` after every step of `optimizer`; a skipped step (AMP) does not count.
+        """Run `after_step` after every step of `optimizer`; returns the pruner.
 
-        Returns:
-            The pruner.
+        A step that AMP skips does not count.
 
         Raises:
             ValueError: already attached, finalized, or no target is in the optimizer.
@@ -165,23 +169,26 @@ class Pruner:
         self._check_live("attach")
         if self._optimizer is not None:
             raise ValueError("Pruner.attach: expected one optimizer, got a second one")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(t.dense) in held for t in self.targets):
-            raise ValueError(
-                "Pruner.attach: expected an optimizer that holds the pruned weights, got none of "
-                f"{len(self.targets)}"
-            )
+        check_optimizer(optimizer, self.targets)
         self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.after_step())
+        # Before the step the weights are still those that the gradients belong to.
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._each_rate(self.running.observe)),
+            optimizer.register_step_post_hook(lambda *_: self.after_step()),
+        ]
         return self
 
     def penalty(self) -> Tensor:
-        """Sum of the regularizers' penalties, a scalar to add to the loss; 0 without any."""
+        """Sum of the regularizers' penalties, to add to the loss."""
         dense = self.targets[0].dense
         total = torch.zeros((), device=dense.device, dtype=dense.dtype)
-        for part in self.regularizers:
+        for part in self._acting():
             total = total + part.penalty(self.targets)
         return total
+
+    def _acting(self) -> Sequence[Regularizer]:
+        resting = self.regularize_until is not None and self._step >= self.regularize_until
+        return () if resting else self.regularizers
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -190,59 +197,56 @@ class Pruner:
         Called by the hook of `attach`; call it yourself only in a loop without an optimizer.
 
         Raises:
-            ValueError: finalized, or regularizers without an optimizer to take the rate from.
+            ValueError: finalized, or regularizers without an optimizer.
         """
         self._check_live("after_step")
         if self._optimizer is None and self.regularizers:
-            raise ValueError(
-                "Pruner.after_step: expected an attached optimizer for the learning rate of "
-                "regularizers, got none"
-            )
-        # The rate is read here, not at attach: learning-rate schedulers change it.
+            raise ValueError("Pruner.after_step: expected an attached optimizer, got none")
+        self._each_rate(self._prox)
+        self._hold_zeros()
+        self.step()
+
+    def _each_rate(self, act: Callable[[list[Target], float], None]) -> None:
+        """Call `act` with the targets and the learning rate of every parameter group."""
+        # The rate is read now, not at attach: learning-rate schedulers change it.
         for group in () if self._optimizer is None else self._optimizer.param_groups:
             held = {id(p) for p in group["params"]}
             inside = [t for t in self.targets if id(t.dense) in held]
             if inside:
-                self.running.observe(inside, float(group["lr"]))
-                for part in self.regularizers:
-                    part.prox_(inside, float(group["lr"]), self._step)
-        self._hold_zeros()
-        self.step()
+                act(inside, float(group["lr"]))
+
+    def _prox(self, targets: list[Target], lr: float) -> None:
+        for part in self._acting():
+            part.prox_(targets, lr, self._step)
 
     def _hold_zeros(self) -> None:
         """Re-apply the masks to values and optimizer state; "ste" lets both move."""
         if self.mask_mode != "hard":
             return
         for t, mask in self._masks.items():
-            masking.zero_dead_(t.dense, mask.mask)
-            if self._optimizer is not None:
-                masking.clear_state_(self._optimizer, t.dense, mask.mask)
+            masking.hold_zeros_(t.dense, mask.mask, self._optimizer)
         self._silence_dead_maps()
 
     def _silence_dead_maps(self) -> None:
         for t, parameters in self._per_map.items():
             alive = self._masks[t].mask.flatten(1).any(1)
             for parameter in parameters:
-                masking.zero_dead_(parameter, alive)
-                if self._optimizer is not None:
-                    masking.clear_state_(self._optimizer, parameter, alive)
+                masking.hold_zeros_(parameter, alive, self._optimizer)
 
     @torch.no_grad()
     def step(self, force: bool = False) -> Event | None:
         """One tick of the schedule and what it asks for.
 
-        Before training, `step()` is tick 0: `OneShot()` prunes there. Attached to an optimizer,
-        ticks happen by themselves.
+        Before training, `step()` is tick 0; attached to an optimizer, ticks happen by themselves.
 
         Args:
             force: prune to the whole budget now if the schedule has nothing for this tick.
 
         Returns:
-            The event that happened, None for none.
+            The event that happened or None.
 
         Raises:
-            ValueError: finalized, or a part answered with something unusable; the tick has not
-                happened then and no mask has changed.
+            ValueError: finalized, or a part answered with something unusable: no mask has changed.
         """
         self._check_live("step")
         event = None if self._frozen else self.schedule.event(self._step, self._epoch)
@@ -318,11 +322,7 @@ class Pruner:
         for t in self.targets:
             old = self._masks[t].mask
             new = self.regrowth.regrow(t, old.clone(), stats)
-            if new.shape != old.shape or new.dtype != torch.bool:
-                raise ValueError(
-                    f"{type(self.regrowth).__name__}: expected a bool mask of shape "
-                    f"{tuple(old.shape)} for layer {t.name!r}, got {new.dtype} {tuple(new.shape)}"
-                )
+            check_regrown(self.regrowth, t, old, new)
             masks[t] = new.cpu() & self._base[t]
         self._set_masks(masks)
 
@@ -341,20 +341,17 @@ class Pruner:
         return {t.key: self._masks[t].mask.clone() for t in self.targets}
 
     def sparsity(self) -> SparsityReport:
-        """Zeros of the targets as the forward pass sees them, entries and whole groups."""
+        """Zeros of the targets in the forward pass, entries and whole groups."""
         return report_of(self.targets)
 
     def finalize(self) -> nn.Module:
-        """Bake the masks into plain weights, remove parametrizations and the hook.
+        """Bake the masks into plain weights, remove parametrizations and hooks; returns the model.
 
         The Parameters stay the same objects. A second call does nothing.
-
-        Returns:
-            The model.
         """
         if not self._finalized:
-            if self._hook is not None:
-                self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             with torch.no_grad():
                 self._silence_dead_maps()
             for t, mask in self._masks.items():

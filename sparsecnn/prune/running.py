@@ -67,7 +67,7 @@ class Running:
         self.values = {n: {t: _STATISTICS[n][0](t) for t in self.targets} for n in names}
 
     def observe(self, targets: Iterable[Target], lr: float) -> None:
-        """Add what the optimizer's step did to the weights of one parameter group."""
+        """Note what the optimizer's next step is about to do to weights of one parameter group."""
         for name, values in self.values.items():
             update = _STATISTICS[name][1]
             if update is not None:

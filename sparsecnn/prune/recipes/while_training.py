@@ -13,7 +13,7 @@ from ..importance import Magnitude, PruneConfig
 from ..protocols import Regularizer
 from ..pruner import Pruner
 from ..regrowth import ReactivateAll, Splice
-from ..regularization import L1, TensorNuclear, UnitBias
+from ..regularization import L1, TensorNuclear, UnitBias, UnitBiasKind
 from ..schedule import Alternating, OneShot, Polynomial, Probabilistic
 from ..search import GreedyLayerSearch
 from ..targets import find_targets
@@ -21,10 +21,16 @@ from ..threshold import Threshold
 
 
 def unit_bias(
-    model: nn.Module, beta: float, at: int, *, lam: float = 1.0, kind: str = "hyperbolic",
+    model: nn.Module,
+    beta: float,
+    at: int,
+    *,
+    lam: float = 1.0,
+    kind: UnitBiasKind = "hyperbolic",
+    tol: float = 0.0,
     **options: Any,
-) -> Pruner:  # fmt: skip
-    """A penalty under which small units vanish and large ones stay; dead units go at the end.
+) -> Pruner:
+    """A penalty under which small units vanish and large ones stay; small units go at the end.
 
     Hanson & Pratt, "Comparing Biases for Minimal Network Construction with Back-Propagation",
     NIPS 1988.
@@ -32,13 +38,14 @@ def unit_bias(
     Args:
         model: the network; the penalty acts from the first step.
         beta: weight of the penalty.
-        at: tick from which units at 0 stay dead.
+        at: tick at which small units die and the penalty ends.
         lam: see `UnitBias`.
         kind: see `UnitBias`.
+        tol: mean |w| of a unit below which it dies; 0 for exact zeros only.
         options: of `Pruner`.
     """
-    bias = UnitBias(kind, lam, beta)  # type: ignore[arg-type]
-    return _zeros_stay(model, "neuron", (bias,), at, options)
+    selector = Threshold(tol)
+    return _zeros_stay(model, "neuron", (UnitBias(kind, lam, beta),), at, options, selector)
 
 
 def collins(
@@ -202,10 +209,11 @@ def l0(
     add_gates_(model, targets, example_inputs, droprate=droprate)
     return Pruner(
         model,
-        importance=Gates(),
+        importance=Gates(granularity="filter"),
         selector=Threshold(0.0),
         schedule=OneShot(at),
         regularizers=(L0Penalty(lam),),
+        regularize_until=at + 1,
         targets=targets,
         example_inputs=example_inputs,
         **options,
@@ -256,14 +264,16 @@ def _zeros_stay(
     regularizers: Sequence[Regularizer],
     at: int,
     options: dict[str, Any],
+    selector: Threshold = Threshold(0.0),  # noqa: B008 (frozen)
 ) -> Pruner:
-    """What the regularizers have driven to 0 by tick `at` is dead from then on."""
+    """What the regularizers have driven to 0 by tick `at` is dead from then on; then they rest."""
     return Pruner(
         model,
         granularity=granularity,
-        importance=Magnitude(2),
-        selector=Threshold(0.0),
+        importance=Magnitude(),
+        selector=selector,
         schedule=OneShot(at),
         regularizers=regularizers,
+        regularize_until=at + 1,
         **options,
     )
