@@ -66,6 +66,28 @@ def build(source: str, name: str) -> nn.Module:
     return model
 
 
+def awaken_(model: nn.Module, x: Tensor) -> None:
+    """Let every branch count, in place: one that adds nothing may lose anything unnoticed.
+
+    Scales that start at or near zero (the last norm of a residual branch, layer scales) become
+    one; batch norms get the statistics of random images, without which deep networks explode.
+
+    Args:
+        model: with fresh weights.
+        x: of the shape of one image.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") and parameter.abs().max() < 1e-3:
+            nn.init.ones_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average over all batches
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.randn(4, *x.shape[1:]))
+    model.eval()
+
+
 def logits(output: Any) -> Tensor:
     """The class scores, also of a network with auxiliary heads in training mode."""
     return output if isinstance(output, Tensor) else output[0]
@@ -87,8 +109,9 @@ def sweep_one(source: str, name: str) -> dict[str, Any]:
         # Less than 75 leaves nothing behind the poolings of Inception.
         side = 75 if name.startswith("inception") else 64
         x = torch.randn(1, 3, side, side)
+        awaken_(model, x)
         with torch.no_grad():
-            shape = logits(model.eval()(x)).shape
+            shape = logits(model(x)).shape
         before = sum(p.numel() for p in model.parameters())
         row["params"] = [before, before]
         start = time.perf_counter()
