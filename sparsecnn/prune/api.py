@@ -76,7 +76,7 @@ def prune_(
             unchanged then.
     """
     refuse_sparse_layers(model, "prune_")
-    chosen = _resolve(model, config, filter_fn, include_classifier, example_inputs)
+    chosen = resolve(model, config, filter_fn, include_classifier, example_inputs)
     masks: dict[Target, Tensor] = {}
     groups: dict[PruneConfig, list[Target]] = {}
     for target, layer_config in chosen.items():
@@ -192,14 +192,26 @@ def _check_mapping(config: object) -> None:
             )
 
 
-def _resolve(
+def resolve(
     model: nn.Module,
     config: Config,
     filter_fn: FilterFn | None,
     include_classifier: bool,
     example_inputs: Tensor | Sequence[Any] | None,
 ) -> dict[Target, PruneConfig]:
-    """Which config each weight gets, in registration order; dense layers left out."""
+    """Which config each weight gets, in registration order; dense layers left out.
+
+    Args:
+        model: as in `prune_`, like everything else here.
+        config: one config or a mapping.
+        filter_fn: leaves layers out.
+        include_classifier: let "_default" and a single config reach the classifier.
+        example_inputs: finds the classifier by call order.
+
+    Raises:
+        TypeError: `config` or `model` of the wrong type.
+        ValueError: an unknown name, expressions that disagree, or no layer left.
+    """
     if isinstance(config, PruneConfig):
         config = {DEFAULT: config}
     _check_mapping(config)

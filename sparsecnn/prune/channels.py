@@ -10,7 +10,8 @@ network in which the consumers of the removed maps ignore them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .api import Config, _resolve
+from .api import Config, resolve
+from .coupling import follow, obstacle, trace
 from .granularity import filter_
 from .importance import PruneConfig
 from .protocols import Calibration, Stats
-from .selection import _drop_lowest, score_targets
+from .selection import drop_lowest, score_targets
 from .surgery import Plan, apply_plan, is_depthwise
 from .targets import Target, check_maskable, evaluating, refuse_sparse_layers
 
@@ -49,6 +51,8 @@ class ChannelReport:
 @dataclass
 class Coupled:
     """Maps that live or die together: map i of the first producer and all that it implies.
+
+    Where maps of the first producer imply each other they count as one.
 
     Attributes:
         size: number of maps.
@@ -85,8 +89,8 @@ def prune_channels_(
     Args:
         model: the network; convolutions, linear layers and batch norm can shrink.
         example_inputs: one input or the positional arguments, for tracing and for the check.
-        config: as in `prune_`; the budget counts filters. Scope "global" lets all coupled groups
-            with one config compete.
+        config: as in `prune_`; the budget counts filters, coupled ones as one. Scope "global"
+            lets all coupled groups with one config compete.
         round_to: keep a multiple of this many filters (rounded up), because vector units work in
             lanes of 8 or 16 and a rest costs as much as a full one. None is 1.
         reduce: how the scores of coupled filters combine.
@@ -115,7 +119,7 @@ def prune_channels_(
     if reduce not in ("mean", "sum"):
         raise ValueError(f"prune_channels_: expected reduce 'mean' or 'sum', got {reduce!r}")
     inputs = example_inputs if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    chosen_here = _resolve(model, config, None, include_classifier, inputs)
+    chosen_here = resolve(model, config, None, include_classifier, inputs)
     for target, entry in chosen_here.items():
         check_maskable(target, "prune_channels_")
         if target.foreign_mask is not None or len(target.owners) > 1:
@@ -135,7 +139,7 @@ def prune_channels_(
             raise ValueError("prune_channels_: expected scope 'layer' with greedy, got 'global'")
     # Everything is decided and tried on copies; the model itself changes only at the very end.
     work = copy.deepcopy(model)
-    chosen = _resolve(work, config, None, include_classifier, inputs)
+    chosen = resolve(work, config, None, include_classifier, inputs)
     needs = frozenset().union(*(c.needs for c in chosen.values()))
     if needs and calibration is None:
         raise ValueError(
@@ -164,33 +168,33 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
     Raises:
         ValueError: the network cannot be traced.
     """
-    from torch_pruning import DependencyGraph
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    graph = trace(model, inputs)
     names = {module: name for name, module in model.named_modules()}
-    try:
-        with torch.enable_grad():
-            graph = DependencyGraph().build_dependency(model, inputs, verbose=False)
-            found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
-    except Exception as error:  # whatever the tracer stumbles over
-        raise ValueError(
-            f"channels: expected model to be traceable, got {type(error).__name__}: {error}"
-        ) from error
     # Heads that only run in training would go on reading maps that are gone.
     idle = [n for m, n in names.items() if isinstance(m, _SLICED) and m not in graph.module2node]
     if idle:
         raise ValueError(
-            f"channels: expected every layer to run in evaluation mode, got idle {idle[:5]}"
+            "channels: expected every layer to reach the outputs in evaluation mode, got unused "
+            f"{idle[:5]}; remove them, or build the model without auxiliary heads"
         )
-    return [_read_group(graph, group, names) for group in found]
+    found: list[Coupled] = []
+    done: set[str] = set()
+    for module in graph.module2node:
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and names[module] not in done:
+            found.append(_read_group(graph, module, names))
+            done.update(found[-1].producers)
+    for coupled in found:
+        coupled.refusal = coupled.refusal or _uneven(coupled, model)
+    return found
 
 
-def _read_group(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Coupled:
-    coupled = Coupled(size=len(group[0].idxs))
+def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> Coupled:
+    size, touched = follow(graph, root)
+    coupled = Coupled(size)
     read = False
-    for item in group:
-        module = item.dep.target.module
+    for node, side, table in touched:
+        coupled.refusal = coupled.refusal or obstacle(node)
+        module = node.module
         if module not in names:
             if isinstance(module, nn.Parameter):
                 coupled.refusal = "a parameter outside of the known layers is coupled to it"
@@ -200,33 +204,49 @@ def _read_group(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Coupl
             coupled.refusal = f"{name} ({type(module).__name__}) is coupled to it"
             continue
         depthwise = isinstance(module, nn.Conv2d) and is_depthwise(module)
-        out = depthwise or graph.is_out_channel_pruning_fn(item.dep.handler)
-        table: dict[int, list[int]] = {}
-        for index, root in zip(item.idxs, item.root_idxs, strict=True):
-            table.setdefault(root, []).append(index)
+        out = depthwise or graph.is_out_channel_pruning_fn(side)
         coupled.sides[name, "out" if out else "in"] = table
         if out and not isinstance(module, _BatchNorm):
             coupled.producers[name] = table
         read = read or not out
     if not read:
-        coupled.refusal = "no layer reads its maps: they are the model's output"
+        coupled.refusal = coupled.refusal or "no layer reads its maps: they are the model's output"
     return coupled
 
 
 def _cells(coupled: Coupled, model: nn.Module) -> list[list[int]]:
     """The maps by which convolution groups they belong to; each cell loses equally many."""
     labels: dict[int, list[int]] = {i: [] for i in range(coupled.size)}
-    for (name, side), table in coupled.sides.items():
-        module = model.get_submodule(name)
-        if not isinstance(module, nn.Conv2d) or module.groups == 1 or is_depthwise(module):
-            continue
-        width = (module.out_channels if side == "out" else module.in_channels) // module.groups
+    for _, width, table in _grouped_sides(coupled, model):
         for i in labels:
             labels[i].append(min(table[i]) // width if i in table else -1)
     cells: dict[tuple[int, ...], list[int]] = {}
     for i, label in labels.items():
         cells.setdefault(tuple(label), []).append(i)
     return list(cells.values())
+
+
+def _grouped_sides(
+    coupled: Coupled, model: nn.Module
+) -> Iterator[tuple[int, int, dict[int, list[int]]]]:
+    """Groups, channels per group and table of every grouped convolution that is touched."""
+    for (name, side), table in coupled.sides.items():
+        conv = model.get_submodule(name)
+        if isinstance(conv, nn.Conv2d) and conv.groups > 1 and not is_depthwise(conv):
+            channels = conv.out_channels if side == "out" else conv.in_channels
+            yield conv.groups, channels // conv.groups, table
+
+
+def _uneven(coupled: Coupled, model: nn.Module) -> str:
+    """Why no map can go such that every convolution group loses equally many, "" if one can."""
+    cells = _cells(coupled, model)
+    if len(cells) == coupled.size > 1:
+        return "each of its maps is a whole convolution group"
+    even = len({len(cell) for cell in cells}) == 1
+    for groups, width, table in _grouped_sides(coupled, model):
+        losses = Counter(i // width for cell in cells for i in table.get(cell[0], ()))
+        even = even and len(losses) == groups and len(set(losses.values())) == 1
+    return "" if even else "its convolution groups are coupled unevenly"
 
 
 def _decide(
@@ -249,14 +269,13 @@ def _decide(
         reason = coupled.refusal
         if not reason and len(configs) > 1:
             reason = f"coupled layers {', '.join(coupled.producers)} have different configs"
-        elif not reason and len({len(c) for c in _cells(coupled, work)}) > 1:
-            reason = "its convolution groups are coupled unevenly"
         config = next(iter(configs))
         if reason or config is None:
             report.kept.update({n: reason for n in addressed})
             continue
         key = config if config.scope == "global" else len(pools)
         pools.setdefault(key, []).append((coupled, config))
+
     def rank(pool: list[tuple[Coupled, PruneConfig]]) -> list[list[tuple[float, list[int]]]]:
         return [_slots(c, config, work, targets, stats, reduce) for c, config in pool]
 
@@ -270,7 +289,7 @@ def _decide(
         assert budget is not None
         target = budget.to_drop(sum(c.size for c, _ in pool))
         flat = [slot for entry in free for slot in entry]
-        keep = _drop_lowest(
+        keep = drop_lowest(
             torch.tensor([score for score, _ in flat], dtype=torch.float64),
             torch.tensor([len(maps) for _, maps in flat], dtype=torch.int64),
             target,
@@ -285,9 +304,9 @@ def _decide(
             maps = {i for _, slot in entry[:dropped] for i in slot}
             add_to_plan(plan, coupled, maps)
             ignore_maps_(work, coupled, maps)
-            for name, table in coupled.producers.items():
-                old = sum(map(len, table.values()))
-                report.layers[name] = (old, old - sum(len(table.get(i, [])) for i in maps))
+    for name in (n for pool in pools.values() for coupled, _ in pool for n in coupled.producers):
+        old = targets[name].shape[0]
+        report.layers[name] = (old, old - len(plan[name].get("out", ())))
     return report, plan
 
 

@@ -15,15 +15,16 @@ from .targets import evaluating
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
-def remove_layers_(
+def remove_layers(
     model: nn.Module, names: Sequence[str], example_inputs: Tensor | Sequence[Any]
 ) -> fx.GraphModule:
     """Remove the residual branches that contain the named layers; their shortcuts stay.
 
     A branch is y = shortcut(x) + f(x) with the layer in f: the sum becomes shortcut(x), exactly
     what f(x) = 0 gives (depth is the coarsest granularity of Anwar & Sung, "Coarse Pruning of
-    CNNs with Random Masks", 2016, arXiv 1512.08571). A layer outside of any branch may go only if
-    it maps a shape to itself with stride 1; its input then passes through.
+    CNNs with Random Masks", 2016, arXiv 1512.08571). A projection is a branch like the other: when
+    it is named, it goes and f(x) stays. A layer outside of any branch may go only if it maps a
+    shape to itself with stride 1; its input then passes through.
 
     Args:
         model: a network that torch.fx can trace; unchanged if it cannot be done.
@@ -40,7 +41,7 @@ def remove_layers_(
         traced = fx.symbolic_trace(model)
     except Exception as error:
         raise ValueError(
-            f"remove_layers_: expected model to be traceable by torch.fx, got {error}"
+            f"remove_layers: expected model to be traceable by torch.fx, got {error}"
         ) from error
     arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     shapes = _shapes(traced, arguments)
@@ -48,7 +49,7 @@ def remove_layers_(
     for name in names:
         if name not in calls:
             raise ValueError(
-                f"remove_layers_: expected the name of a layer that is called, got {name!r}"
+                f"remove_layers: expected the name of a layer that is called, got {name!r}"
             )
         node = calls[name]
         if node not in traced.graph.nodes:
@@ -78,12 +79,17 @@ def _bypass(node: fx.Node, shapes: dict[str, torch.Size], name: str) -> None:
             break
         last = reader
     source = node.args[0]
-    if isinstance(source, fx.Node) and shapes.get(source.name) == shapes.get(node.name):
-        node.replace_all_uses_with(source)
-        return
+    owner = node.graph.owning_module
+    assert owner is not None
+    stride = getattr(owner.get_submodule(name), "stride", 1)
+    # A map of one pixel keeps its shape under a stride, larger ones would not.
+    if isinstance(source, fx.Node) and stride in (1, (1, 1)):
+        if shapes.get(source.name) == shapes.get(node.name):
+            node.replace_all_uses_with(source)
+            return
     raise ValueError(
-        f"remove_layers_: expected layer {name!r} inside of a residual branch or with equal input "
-        "and output shapes, got neither"
+        f"remove_layers: expected layer {name!r} inside of a residual branch, or with stride 1 and "
+        "equal input and output shapes, got neither"
     )
 
 

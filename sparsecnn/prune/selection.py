@@ -179,7 +179,7 @@ def _keep_best(
     total = sum(int(units[t].sum()) for t in pool)
     free_scores = torch.cat([scores[t][~reserved[t]] for t in pool])
     free_units = torch.cat([units[t][~reserved[t]] for t in pool])
-    free_keep = _drop_lowest(free_scores, free_units, budget.to_drop(total))
+    free_keep = drop_lowest(free_scores, free_units, budget.to_drop(total))
     keep, start = {}, 0
     for t in pool:
         flags = reserved[t].clone()
@@ -204,8 +204,18 @@ def top(scores: Tensor, k: int) -> Tensor:
     return keep
 
 
-def _drop_lowest(scores: Tensor, units: Tensor, target: float) -> Tensor:
-    """Drop groups in ascending order of score until the dropped units are nearest to `target`."""
+def drop_lowest(scores: Tensor, units: Tensor, target: float) -> Tensor:
+    """Drop groups in ascending order of score until the dropped units are nearest to `target`.
+
+    Args:
+        scores: (n,) float64 on the CPU.
+        units: (n,) int64, what each group counts.
+        target: units to drop.
+
+    Returns:
+        (n,) bool, True = keep; of equal scores the last goes first. O(n), or O(n log n) if the
+        units differ.
+    """
     n = scores.numel()
     if n == 0:
         return torch.zeros(0, dtype=torch.bool)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sparsecnn.measure import count_macs
-from sparsecnn.prune import Magnitude, Random
+from sparsecnn.prune import Batches, Magnitude, Random
 from sparsecnn.prune.channels import prune_channels, prune_channels_
+from sparsecnn.prune.saliency import Fisher, Taylor
 
 
 class Net(nn.Module):
@@ -164,6 +165,105 @@ def test_ties_floor_round_to_and_global():
     assert (uneven[0].out_channels, uneven[1].out_channels) == (20, 4)
 
 
+def test_reduce_sum_counts_every_coupled_layer():
+    model = net("residual")
+    with torch.no_grad():
+        for module, weight in ((model.a, 1.0), (model.p, 1.0), (model.b, 1.5)):
+            module.weight.fill_(weight)
+    pooled = Magnitude(count=8, scope="global")
+    chosen = {"a": pooled, "p": pooled, "b": pooled}
+    mean, _ = prune_channels(model, X, chosen)
+    assert (mean.a.out_channels, mean.b.out_channels) == (2, 6)
+    total, _ = prune_channels(model, X, chosen, reduce="sum")
+    assert (total.a.out_channels, total.b.out_channels) == (7, 1)
+
+
+@pytest.mark.parametrize("chosen", [Taylor(sparsity=0.5, level="map"), Fisher(sparsity=0.5)])
+def test_importance_with_calibration(chosen):
+    model = net("plain")
+    model.bn.reset_parameters()  # all maps live behind the ReLU
+    labels = torch.tensor([0, 3])
+    before = [p.detach().clone() for p in model.parameters()]
+    small, _ = prune_channels(model, X, {"a": chosen}, calibration=Batches([(X, labels)]))
+    # What each map contributes, sample by sample, by the formulas of the papers.
+    maps = model.a(X).detach().requires_grad_(True)
+    out = model.fc(model.b(model.bn(maps).relu()).relu().mean((2, 3)))
+    losses = nn.functional.cross_entropy(out, labels, reduction="none")
+    gradient = torch.autograd.grad(losses.sum(), maps)[0]
+    change = (maps * gradient).detach()
+    if isinstance(chosen, Fisher):
+        score = change.sum((2, 3)).square().mean(0)
+    else:
+        score = change.mean((2, 3)).abs().mean(0)
+    kept = sorted(score.argsort()[4:].tolist())
+    assert torch.equal(small.a.weight, model.a.weight[kept])
+    assert kept != expected_kept(model, "plain")
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="expected calibration to collect"):
+        prune_channels(model, X, {"a": chosen})
+
+
+def unchanged_after(error, model, chosen, **options):
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    owned = dict(model.named_parameters())
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match=error):
+        prune_channels_(model, X, chosen, **options)
+    assert all(owned[n] is p for n, p in model.named_parameters())
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_removal_that_cannot_be_proven_is_refused():
+    model = net("plain")
+    # To the tracer this is an operation on each map; in truth it swaps them.
+    model.bn.register_forward_hook(lambda _m, _i, output: output.flip(1))
+    unchanged_after("removal to equal ignoring the maps", model, config("plain"))
+    fixed = net("plain")
+    fixed.bn.register_forward_hook(lambda _m, _i, output: output * torch.ones(1, 8, 1, 1))
+    unchanged_after("couplings can be traced, got .* after removal", fixed, config("plain"))
+
+
+def test_an_untraceable_model_is_refused():
+    model = net("plain")
+    with pytest.raises(ValueError, match="expected model to be traceable, got TypeError"):
+        prune_channels_(model, (X, X), config("plain"))
+    assert model.a.out_channels == 8
+    model.fc.register_forward_hook(lambda _m, _i, output: output.detach())
+    unchanged_after("expected every layer to reach the outputs", model, config("plain"))
+
+
+def test_masked_and_shared_weights_are_refused():
+    masked = net("plain")
+    torch.nn.utils.prune.l1_unstructured(masked.a, "weight", 0.5)
+    with pytest.raises(ValueError, match="layer 'a' with a plain weight of its own, got a masked"):
+        prune_channels_(masked, X, config("plain"))
+    assert masked.a.weight_orig.shape[0] == 8
+    shared = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)).eval()
+    shared[1].weight = shared[0].weight
+    unchanged_after("with a plain weight of its own", shared, {"0": Magnitude(sparsity=0.5)})
+
+
+def test_coupled_layers_need_one_config():
+    model = net("residual")
+    differing = {"a": Magnitude(sparsity=0.5), "p": Magnitude(sparsity=0.25)}
+    unchanged_after("coupled layers .* have different configs", model, differing)
+    # One of two that is left dense keeps both; the rest shrinks.
+    small, report = prune_channels(
+        model, X, {"a": None, "p": Magnitude(sparsity=0.5), "b": Magnitude(sparsity=0.5)}
+    )
+    assert set(report.kept) == {"p"} and report.layers == {"b": (6, 3)}
+    assert small.p.out_channels == 8
+
+
+def test_the_outputs_of_the_model_stay():
+    model = net("plain")
+    unchanged_after("they are the model's output", model, {"fc": Magnitude(sparsity=0.5)})
+    with pytest.raises(TypeError, match="expected config"):
+        prune_channels_(model, X, 0.5)
+
+
 @pytest.mark.parametrize(
     "chosen, options, error",
     [
@@ -175,8 +275,4 @@ def test_ties_floor_round_to_and_global():
     ],
 )
 def test_errors_leave_the_model_unchanged(chosen, options, error):
-    model = net("plain")
-    before = {n: p for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=error):
-        prune_channels_(model, X, chosen, **options)
-    assert all(before[n] is p for n, p in model.named_parameters())
+    unchanged_after(error, net("plain"), chosen, **options)
