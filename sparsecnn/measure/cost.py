@@ -152,15 +152,13 @@ class _Recorder:
             layer.output_shape = tuple(output.shape)
             weights, nonzero = math.prod(layer.weight_shape), _nonzero_weights(module)
             uses = getattr(module, "weight_uses", None)
-            if callable(uses):
-                times = uses(layer.output_shape)
-                layer.dense_macs += weights * times
-                layer.effective_macs += nonzero * times
-            elif _is_sparse(module):
+            if callable(uses) or _is_sparse(module):
                 # The operator did the effective work only; K rows of weights serve each position.
                 positions = output.numel() // max(layer.weight_shape[0], 1)
-                layer.dense_macs += weights * positions
-                layer.effective_macs += nonzero * positions
+                times = uses(layer.output_shape) if callable(uses) else positions
+                # A packed weight's dense form is that of the convolution it replaced.
+                layer.dense_macs += weights * (positions if _is_sparse(module) else times)
+                layer.effective_macs += nonzero * times
             else:
                 layer.dense_macs += own // 2
                 layer.effective_macs += own // 2 * nonzero // weights if weights else 0

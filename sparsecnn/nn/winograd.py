@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -130,6 +130,11 @@ class WinogradConv2d(PackedLayer, ConvDropIn):
     def nnz(self) -> int:
         """Stored values, without the zeros that fill a block of filters."""
         return self.weight.nnz
+
+    def weight_uses(self, output_shape: Sequence[int]) -> int:
+        """How often each stored value is multiplied: once a tile. Read by ``count_macs``."""
+        n, _, p, q = output_shape
+        return n * -(-p // self.tile) * -(-q // self.tile)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Moves and casts; the order of the weight in memory survives ``memory_format``."""

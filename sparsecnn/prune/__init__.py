@@ -10,7 +10,9 @@ from .api import config_from_dict, config_to_dict, prune, prune_
 from .batchnorm import recalibrate_batchnorm
 from .budget import Budget
 from .calibration import Batches, register_collector
+from .channels import ChannelReport, prune_channels, prune_channels_
 from .criteria import FPGM, LAMP, BNScale
+from .depth import remove_layers
 from .dropout import Dropout, EvolutionalDropout, MultinomialDropout, rescale_dropout_
 from .gates import Gates, HardConcreteGate, L0Penalty, add_gates_, fold_gates_
 from .granularity import (
@@ -65,6 +67,7 @@ from .selection import TopK
 from .sensitivity import Sensitivity, sensitivity
 from .targets import Target, find_targets
 from .threshold import Threshold
+from .zeroed import remove_zeroed_
 
 __all__ = [
     "APoZ",
@@ -74,6 +77,7 @@ __all__ = [
     "Block",
     "Budget",
     "Calibration",
+    "ChannelReport",
     "Compensator",
     "Dropout",
     "Event",
@@ -148,10 +152,14 @@ __all__ = [
     "parse_granularity",
     "prune",
     "prune_",
+    "prune_channels",
+    "prune_channels_",
     "recalibrate_batchnorm",
     "recipes",
     "register_collector",
     "register_importance",
+    "remove_layers",
+    "remove_zeroed_",
     "rescale_dropout_",
     "sensitivity",
     "shape",

@@ -214,7 +214,7 @@ def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> 
     return coupled
 
 
-def _cells(coupled: Coupled, model: nn.Module) -> list[list[int]]:
+def cells_of(coupled: Coupled, model: nn.Module) -> list[list[int]]:
     """The maps by which convolution groups they belong to; each cell loses equally many."""
     labels: dict[int, list[int]] = {i: [] for i in range(coupled.size)}
     for _, width, table in _grouped_sides(coupled, model):
@@ -239,7 +239,7 @@ def _grouped_sides(
 
 def _uneven(coupled: Coupled, model: nn.Module) -> str:
     """Why no map can go such that every convolution group loses equally many, "" if one can."""
-    cells = _cells(coupled, model)
+    cells = cells_of(coupled, model)
     if len(cells) == coupled.size > 1:
         return "each of its maps is a whole convolution group"
     even = len({len(cell) for cell in cells}) == 1
@@ -329,7 +329,7 @@ def _slots(
             count[i] += len(filters)
     score = total / count.clamp(min=1) if reduce == "mean" else total
     ranked = []
-    for cell in _cells(coupled, work):
+    for cell in cells_of(coupled, work):
         # Of equal scores the last goes first, as everywhere in selection.
         ascending = torch.argsort(score[cell], descending=True, stable=True).flip(0)
         ranked.append([cell[int(i)] for i in ascending])

@@ -21,8 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels import ChannelReport, Coupled, add_to_plan, check_removal, coupled_groups
-from .channels import _cells as cells
+from .channels import (
+    ChannelReport,
+    Coupled,
+    add_to_plan,
+    cells_of,
+    check_removal,
+    coupled_groups,
+)
 from .surgery import Plan, apply_plan
 from .targets import evaluating, refuse_sparse_layers
 
@@ -100,10 +106,10 @@ def _remove_once(
         if coupled.refusal or not useless:
             continue
         # Convolution groups must lose equally many, and something must be left.
-        options = [[i for i in cell if i in useless] for cell in cells(coupled, model)]
+        options = [[i for i in cell if i in useless] for cell in cells_of(coupled, model)]
         count = min(
             min(len(some), len(cell) - 1)
-            for some, cell in zip(options, cells(coupled, model), strict=True)
+            for some, cell in zip(options, cells_of(coupled, model), strict=True)
         )
         maps = {i for some in options for i in some[:count]}
         if maps:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import sparsecnn
 from sparsecnn.measure import count_macs
 from sparsecnn.nn import CSRConv2d, CSRLinear
 
@@ -216,3 +217,12 @@ def test_bad_arguments():
         count_macs(3, DIGITS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"count_macs: expected x to be a tensor .* got str"):
         count_macs(digits_net(), "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tile", "tiles"), [(2, 4 * 5), (4, 2 * 3)])
+def test_values_of_a_winograd_layer_are_used_once_a_tile(tile: int, tiles: int) -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    layer = sparsecnn.nn.WinogradConv2d.from_dense(conv, tile)
+    cost = count_macs(nn.Sequential(layer), torch.ones(2, 3, 7, 9))
+    assert cost.dense_macs == 2 * 3 * 5 * 9 * 7 * 9
+    assert cost.effective_macs == 2 * 3 * 5 * (tile + 2) ** 2 * tiles

@@ -154,7 +154,7 @@ def test_l0_gates_act_behind_the_batch_norm():
     model = digits_net()
     x = run_in_statistics(model, (1, 8, 8))
     targets = find_targets(model)
-    gates = add_gates_(model, targets, x)
+    gates = add_gates_(model, targets, x, generator=torch.Generator().manual_seed(0))
     assert [n for n, _ in model.named_modules() if n.endswith("gate")] == [
         "conv1.output_gate", "conv2.output_gate", "conv3.output_gate", "fc1.output_gate",
     ]  # fmt: skip
