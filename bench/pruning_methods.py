@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,19 @@ from torch.utils.data import TensorDataset
 from sparsecnn.data import Digits, DigitsNet, ResDigitsNet, digits
 from sparsecnn.measure import accuracy
 from sparsecnn.nn import WinogradReLUConv2d
-from sparsecnn.prune import Batches, Magnitude, Pruner, Target, find_targets, fold_gates_, recipes
+from sparsecnn.prune import (
+    Batches,
+    Magnitude,
+    Polynomial,
+    Pruner,
+    Target,
+    find_targets,
+    fold_gates_,
+    recipes,
+)
 from sparsecnn.prune.search import csr_bytes
+from sparsecnn.storage.codebook import bake_weights_, share_weights_
+from sparsecnn.storage.compressed import save_compressed
 
 
 def wide() -> nn.Module:
@@ -86,6 +99,7 @@ class Method:
         network: of `NETWORKS`.
         run: gives the pruned network.
         may_lose: accuracy that the mean over the seeds may lose, as a share.
+        save: writes the file; None for `sparsecnn.save` of the materialized network.
     """
 
     name: str
@@ -93,6 +107,7 @@ class Method:
     network: str
     run: Callable[[Context], nn.Module]
     may_lose: float
+    save: Callable[[nn.Module, Path], None] | None = None
 
 
 def accuracy_of(model: nn.Module, part: TensorDataset) -> float:
@@ -110,11 +125,21 @@ def fit(
 ) -> nn.Module:
     """Train with SGD and a one-cycle rate; a pruner runs along."""
     images, labels = data.train.tensors
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    named = list(model.named_parameters())
+    gates = [p for name, p in named if name.endswith("log_alpha")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if not name.endswith("log_alpha")], "lr": rate},
+    ]
+    if gates:  # they move on the scale of 1, and have a few hundred steps
+        groups.append({"params": gates, "lr": 20 * rate, "momentum": 0.0, "weight_decay": 0.0})
+    optimizer = torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=5e-4)
     if pruner is not None:
         pruner.attach(optimizer)
     plan = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=epochs * steps_per_epoch(data)
+        optimizer,
+        [group["lr"] for group in groups],
+        total_steps=epochs * steps_per_epoch(data),
+        cycle_momentum=False,
     )
     source = torch.Generator().manual_seed(seed)
     model.train()
@@ -223,7 +248,7 @@ def _l0(context: Context) -> nn.Module:
     model = context.dense("plain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        pruner = recipes.l0(model, 3e-5, at, example(context))
+        pruner = recipes.l0(model, 8e-4, at, example(context))
         fit(model, context.data, context.seed + 100, pruner=pruner)
     return fold_gates_(pruner.finalize()).eval()
 
@@ -264,6 +289,18 @@ def _han(context: Context) -> nn.Module:
     return tuned(
         context, "plain", lambda m: recipes.han(m, 1.45, fractions=(0.4, 0.7, 1.0), every=every)
     )
+
+
+def _deep_compression(context: Context) -> nn.Module:
+    epoch = steps_per_epoch(context.data)
+    importance = Magnitude(sparsity=0.9)
+    model = tuned(
+        context, "plain",
+        lambda m: Pruner(m, importance=importance, schedule=Polynomial(0, 10 * epoch, epoch)),
+    )  # fmt: skip
+    share_weights_(model, conv_bits=4, linear_bits=4)
+    fit(model, context.data, context.seed + 200, 5, rate=RATE / 10)
+    return bake_weights_(model).eval()
 
 
 def _data_free(context: Context) -> nn.Module:
@@ -348,6 +385,9 @@ METHODS = (
     Method("fisher", "Theis et al. 2018", "residual", _fisher, 0.02),
     Method("apoz", "Hu et al. 2016", "plain", _apoz, 0.02),
     Method("han", "Han et al. 2015", "plain", _han, 0.02),
+    Method(
+        "deep_compression", "Han et al. 2016", "plain", _deep_compression, 0.02, save_compressed
+    ),
     Method("data_free", "Srinivas & Babu 2015", "wide", _data_free, 0.01),
     Method("dns", "Guo et al. 2016", "plain", _dns, 0.02),
     Method("winograd_relu", "Liu et al. 2018", "winograd", _winograd_relu, 0.02),

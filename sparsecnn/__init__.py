@@ -8,6 +8,7 @@ from sparsecnn import formats, measure, nn, ops, storage
 from sparsecnn._library import build_info, isa, set_isa, supported_isas
 from sparsecnn.accelerate import accelerate, accelerate_, densify, densify_
 from sparsecnn.formats import CSRWeight, PatternWeight, WinogradWeight
+from sparsecnn.materialize import materialize
 from sparsecnn.measure import Report
 from sparsecnn.prune import (
     NM,
@@ -51,6 +52,7 @@ __all__ = [
     "formats",
     "isa",
     "load",
+    "materialize",
     "measure",
     "nn",
     "ops",

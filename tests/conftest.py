@@ -43,6 +43,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-seed", type=int, default=20_000, help="seed of the first random case")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread a run of the whole suite over two processes, files kept together.
+
+    A run of chosen files stays in one process: starting more takes longer than most of them.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    inside = "PYTEST_XDIST_WORKER" in os.environ  # this hook runs in every process
+    if whole and not inside and config.getoption("numprocesses", 0) is None:
+        config.option.numprocesses = min(2, os.cpu_count() or 1)
+        config.option.dist = "loadfile"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes beside each other share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """Feature flags of the first processor as the operating system reports them."""

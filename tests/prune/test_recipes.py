@@ -1,4 +1,4 @@
-"""Methods of the literature are choices of parts: each runs, can be changed, stopped and resumed."""
+"""Methods of the literature are choices of parts: each runs, can be changed and resumed."""
 
 from __future__ import annotations
 
