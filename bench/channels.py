@@ -41,6 +41,8 @@ TIMM = (
     "mobilenetv3_small_050 efficientnet_b0 mnasnet_small regnetx_002 regnety_002 convnext_atto "
     "inception_v3 ghostnet_100 repvgg_a0"
 ).split()
+# Sides of images; less leaves nothing behind the poolings of Inception, and of its training head.
+SIDES = {"inception_v3": 75, "inception_v3+aux": 299}
 
 
 def build(source: str, name: str) -> nn.Module:
@@ -106,8 +108,7 @@ def sweep_one(source: str, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"source": source, "architecture": name, "reason": None}
     try:
         model = build(source, name)
-        # Less than 75 leaves nothing behind the poolings of Inception.
-        side = 75 if name.startswith("inception") else 64
+        side = SIDES.get(name, 64)
         x = torch.randn(1, 3, side, side)
         awaken_(model, x)
         with torch.no_grad():

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .api import Config, resolve
-from .coupling import follow, obstacle, trace
+from .coupling import follow, misfit, obstacle, trace
 from .granularity import filter_
 from .importance import PruneConfig
 from .protocols import Calibration, Stats
 from .selection import drop_lowest, score_targets
-from .surgery import Plan, apply_plan, is_depthwise
+from .surgery import Plan, apply_plan, is_depthwise, zero_columns_
 from .targets import Target, check_maskable, evaluating, refuse_sparse_layers
 
 _SLICED = (nn.Conv2d, nn.Linear, _BatchNorm)
@@ -179,8 +179,10 @@ def coupled_groups(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> list[C
         )
     found: list[Coupled] = []
     done: set[str] = set()
-    for module in graph.module2node:
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and names[module] not in done:
+    roots = [m for m in graph.module2node if isinstance(m, (nn.Conv2d, nn.Linear))]
+    # The widest first: it reaches all that reach only some of its maps.
+    for module in sorted(roots, key=lambda m: -len(m.weight)):
+        if names[module] not in done:
             found.append(_read_group(graph, module, names))
             done.update(found[-1].producers)
     for coupled in found:
@@ -200,11 +202,15 @@ def _read_group(graph: Any, root: nn.Module, names: Mapping[nn.Module, str]) -> 
                 coupled.refusal = "a parameter outside of the known layers is coupled to it"
             continue
         name = names[module]
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            continue  # one slope for all maps
         if not isinstance(module, _SLICED):
             coupled.refusal = f"{name} ({type(module).__name__}) is coupled to it"
             continue
         depthwise = isinstance(module, nn.Conv2d) and is_depthwise(module)
         out = depthwise or graph.is_out_channel_pruning_fn(side)
+        if misfit(graph, node, out, table):
+            coupled.refusal = f"its maps cannot be followed to {name}"
         coupled.sides[name, "out" if out else "in"] = table
         if out and not isinstance(module, _BatchNorm):
             coupled.producers[name] = table
@@ -349,16 +355,8 @@ def ignore_maps_(model: nn.Module, coupled: Coupled, maps: set[int]) -> None:
     """Zero the weights that consumers put on these maps: the reference of a removal."""
     for (name, side), table in coupled.sides.items():
         if side == "in":
-            module: Any = model.get_submodule(name)
-            with torch.no_grad():
-                for index in (index for i in maps for index in table.get(i, [])):
-                    if isinstance(module, nn.Conv2d) and module.groups > 1:
-                        width = module.in_channels // module.groups
-                        rows = module.out_channels // module.groups
-                        g = index // width
-                        module.weight[g * rows : (g + 1) * rows, index % width] = 0
-                    else:
-                        module.weight[:, index] = 0
+            gone = [index for i in maps for index in table.get(i, [])]
+            zero_columns_(model.get_submodule(name), gone)
 
 
 def check_removal(
@@ -382,6 +380,8 @@ def check_removal(
             f"{what}: expected a model whose couplings can be traced, got {error} after removal"
         ) from error
     for ours, theirs in pairs:
+        if not theirs.isfinite().all():
+            raise ValueError(f"{what}: expected finite outputs on example_inputs, got NaN or inf")
         close = ours.shape == theirs.shape and torch.allclose(
             ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-9
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Index(NamedTuple):
@@ -108,6 +109,9 @@ def follow(graph: Any, root: nn.Module) -> tuple[int, list[Touched]]:
     queue: list[tuple[Any, Any, list[Any]]] = [(first, side, [Index(i, i) for i in parent])]
     while queue:
         node, side, reached = queue.pop()
+        if graph.is_out_channel_pruning_fn(side) and _width(graph, node) == 1:
+            if any(index.idx for index in reached):
+                continue  # one map that all others are combined with, such as an attention's
         table = seen.setdefault((node, side), {})
         fresh = []
         for index in reached:
@@ -139,6 +143,20 @@ def _neighbours(node: Any, side: Any, fresh: list[Any]) -> Iterator[tuple[Any, A
                     reached = mapping(reached)
             if reached:
                 yield dependency.target, dependency.handler, reached
+
+
+def _width(graph: Any, node: Any) -> int | None:
+    """Output maps of a layer, None of an operation."""
+    if not isinstance(node.module, (nn.Conv2d, nn.Linear, _BatchNorm)):
+        return None
+    return int(graph.get_pruner_of_module(node.module).get_out_channels(node.module))
+
+
+def misfit(graph: Any, node: Any, out: bool, table: dict[int, list[int]]) -> bool:
+    """Whether indices lie beyond the layer: the library has misread what is in between."""
+    pruner = graph.get_pruner_of_module(node.module)
+    width = pruner.get_out_channels(node.module) if out else pruner.get_in_channels(node.module)
+    return any(i >= width for entry in table.values() for i in entry)
 
 
 def _sizes(node: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         for side, gone in sides.items():
             if gone:
                 _slice(module, side, gone, name)
+
+
+@torch.no_grad()
+def zero_columns_(module: Any, indices: Sequence[int]) -> None:
+    """Zero what a convolution or linear layer puts on these input maps, in place."""
+    for i in indices:
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            width = module.in_channels // module.groups
+            rows = module.out_channels // module.groups
+            g = i // width
+            module.weight[g * rows : (g + 1) * rows, i % width] = 0
+        else:
+            module.weight[:, i] = 0
 
 
 def _slice(module: Any, side: str, gone: set[int], name: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -155,6 +156,40 @@ def test_layer_norm_keeps_the_width_and_the_hidden_maps_go():
     assert set(report.kept) == {"a", "block.down"}
     assert "LayerNorm" in report.kept["a"] or "a parameter outside" in report.kept["a"]
     assert small.block.down.in_features == 16
+
+
+def test_one_map_for_all_is_not_coupled():
+    # Spatial attention; alone it must stay one map.
+    model = Between(lambda m, y: m.act(y) * m.g(y).sigmoid(), g=nn.Conv2d(8, 1, 1), act=nn.PReLU())
+    kept = sorted(np.argsort(l1(model.a))[4:])
+    small, report = prune_channels(model, X, {"a": HALF, "g": HALF})
+    assert report.layers == {"a": (8, 4), "g": (1, 1)}
+    assert torch.equal(small.a.weight, model.a.weight[kept])
+    gone = [i for i in range(8) if i not in kept]
+    masked = ignoring(model, "b", gone)
+    masked.g.weight.data[:, gone] = 0
+    same(small, masked)
+
+
+@pytest.mark.parametrize(
+    "middle, width, reason",
+    [
+        (lambda m, y: torch.cat(y.chunk(2, 1)[::-1], 1), 8, "cannot be followed"),
+        (lambda m, y: nn.functional.pixel_shuffle(y, 2), 2, "cannot be followed"),
+        (lambda m, y: m.norm(y), 8, r"norm \(GroupNorm\) is coupled"),
+    ],
+)
+def test_maps_behind_other_operations_stay(middle, width, reason):
+    model = Between(middle, width=width, norm=nn.GroupNorm(2, 8))
+    small, report = prune_channels(model, X, {"a": HALF, "b": HALF})
+    assert re.search(reason, report.kept["a"]) and report.layers == {"b": (6, 3)}
+    assert torch.equal(small.a.weight, model.a.weight)
+
+
+def test_outputs_must_be_finite():
+    model = Between(lambda m, y: y / 0)
+    with pytest.raises(ValueError, match="expected finite outputs on example_inputs"):
+        prune_channels(model, X, {"a": HALF})
 
 
 def test_layers_that_only_run_in_training_are_refused():
