@@ -231,8 +231,8 @@ def _less_is_more(context: Context) -> nn.Module:
 
 
 def _ssl(context: Context) -> nn.Module:
-    at = 12 * steps_per_epoch(context.data)
-    return tuned(context, "residual", lambda m: recipes.ssl(m, 1.6, at))
+    at = 10 * steps_per_epoch(context.data)
+    return tuned(context, "residual", lambda m: recipes.ssl(m, 1.3, at))
 
 
 def _group_brain_damage(context: Context) -> nn.Module:
@@ -244,11 +244,11 @@ def _group_brain_damage(context: Context) -> nn.Module:
 
 
 def _l0(context: Context) -> nn.Module:
-    at = 14 * steps_per_epoch(context.data)
+    at = 12 * steps_per_epoch(context.data)
     model = context.dense("plain")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        pruner = recipes.l0(model, 8e-4, at, example(context))
+        pruner = recipes.l0(model, 9e-4, at, example(context))
         fit(model, context.data, context.seed + 100, pruner=pruner)
     return fold_gates_(pruner.finalize()).eval()
 
@@ -287,7 +287,7 @@ def _han(context: Context) -> nn.Module:
     # The spread of what survives grows: the same quality drops more in each of three rounds.
     every = 4 * steps_per_epoch(context.data)
     return tuned(
-        context, "plain", lambda m: recipes.han(m, 1.45, fractions=(0.4, 0.7, 1.0), every=every)
+        context, "plain", lambda m: recipes.han(m, 1.35, fractions=(0.4, 0.7, 1.0), every=every)
     )
 
 
