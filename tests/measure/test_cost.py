@@ -27,7 +27,7 @@ def zero_half(weight: torch.Tensor) -> None:
         weight.view(-1)[1::2] = 1
 
 
-def test_digits_net_matches_the_hand_count():
+def test_metrics_digits_net_matches_the_hand_count():
     model = digits_net()
     cost = count_macs(model, DIGITS)
     by_layer = [layer.dense_macs for layer in cost.layers.values()]
@@ -46,19 +46,19 @@ def test_digits_net_matches_the_hand_count():
     assert cost.layers["1.0"].weight_shape == (32, 16, 3, 3)
 
 
-def test_flops_of_the_framework_are_twice_the_macs():
+def test_metrics_flops_of_the_framework_are_twice_the_macs():
     model = digits_net()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(DIGITS)
     assert counter.get_total_flops() == 2 * count_macs(model, DIGITS).dense_macs
 
 
-def test_half_the_filters_match_a_second_hand_count():
+def test_metrics_half_the_filters_match_a_second_hand_count():
     cost = count_macs(digits_net(width=16), DIGITS)
     assert cost.dense_macs == 8 * 9 * 64 + 16 * 8 * 9 * 64 + 16 * 16 * 9 * 16 + 64 * 64 + 640
 
 
-def test_zeroing_half_of_every_layer_halves_the_effective_macs_only():
+def test_metrics_zeroing_half_of_every_layer_halves_the_effective_macs_only():
     model = digits_net()
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -55,7 +55,7 @@ def test_joules_per_call(machine: Machine):
     assert "idle power included" in result.reason
 
 
-def test_a_wrapped_counter(machine: Machine):
+def test_metrics_of_a_wrapped_counter(machine: Machine):
     machine.add("intel-rapl:0", "package-0", RANGE_UJ - 60_000)  # wraps within the second call
     result = energy(lambda: machine.spend(0.5, p0=50_000), rapl_root=machine.root)
     assert result.joules == pytest.approx(0.05, rel=1e-12)

@@ -76,7 +76,7 @@ def test_resident_peak_is_none_where_the_kernel_refuses(monkeypatch: pytest.Monk
     assert not calls
 
 
-def test_model_size_equals_the_saved_file(tmp_path: Path):
+def test_metrics_model_size_equals_the_saved_file(tmp_path: Path):
     model = digits_net()
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
