@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from .followers import find_batch_norms
 from .granularity import channel, filter_
 from .importance import PruneConfig, register
 from .protocols import Granularity, Stats
 from .regularization import check_choice, check_number, zero
-from .targets import Target, evaluating
+from .targets import Target
 
 On = Literal["output", "input"]
 _PARTITION = {"output": filter_, "input": channel}
@@ -205,44 +206,21 @@ def _hosts(
     model: nn.Module, targets: Sequence[Target], example_inputs: Tensor | Sequence[Any]
 ) -> dict[Target, nn.Module]:
     """Behind which module each target is gated: its batch norm, or the layer itself."""
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    outputs: list[tuple[nn.Module, Any]] = []  # kept alive: a new tensor must not get an old id
-    hosts = {t.module: t.module for t in targets}
-
-    def leaves(module: nn.Module, _args: object, output: Any) -> None:
-        outputs.append((module, output))
-
-    def enters(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        for module, output in outputs:
-            if output is inputs[0]:
-                hosts[module] = norm
-
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    handles = [t.module.register_forward_hook(leaves) for t in targets]
-    handles += [norm.register_forward_pre_hook(enters) for norm in norms]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*args)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for t in targets:
-        norm = hosts[t.module]
-        if norm is t.module:
-            continue
+    norms = find_batch_norms(model, targets, example_inputs)
+    for t, norm in norms.items():
         # A norm that ends in an activation of its own is not scaled by its weight and bias.
         plain = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        if not plain or cast(_BatchNorm, norm).weight is None:
+        if not plain or norm.weight is None:
             raise ValueError(
                 f"add_gates_: expected a plain batch norm with weight and bias behind {t.name!r}, "
                 f"got {norm}"
             )
-        names = [other.name for other in targets if hosts[other.module] is norm]
+        names = [other.name for other in targets if norms.get(other) is norm]
         if len(names) > 1 or "output_gate" in norm.__dict__:
             raise ValueError(
                 f"add_gates_: expected one layer per batch norm, got one of {', '.join(names)}"
             )
-    return {t: hosts[t.module] for t in targets}
+    return {t: norms.get(t, t.module) for t in targets}
 
 
 def _apply_output_gate(module: Any, _args: object, output: Tensor) -> Any:
