@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed
 from torch import nn
-from torch.multiprocessing import spawn
 
 from sparsecnn.prune import Magnitude, prune_
 from sparsecnn.prune.batchnorm import recalibrate_batchnorm
@@ -163,20 +164,37 @@ def test_batchnorm_is_whole_again_after_a_failing_batch():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    model = net()
-    # Uneven shares: two batches and one.
-    recalibrate_batchnorm(model, batches()[:2] if rank == 0 else batches()[2:])
-    torch.save(model[2].state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from sparsecnn.prune import recalibrate_batchnorm
+from tests.prune.test_batchnorm import batches, net
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = net()
+# Uneven shares: two batches and one.
+recalibrate_batchnorm(model, batches()[:2] if rank == 0 else batches()[2:])
+torch.save(model[2].state_dict(), f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
 
 
 def test_batchnorm_averages_over_ranks(tmp_path: Path):
-    spawn(_rank, (str(tmp_path),), nprocs=2)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     norm = nn.BatchNorm2d(4)
