@@ -51,7 +51,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     inside = "PYTEST_XDIST_WORKER" in os.environ  # this hook runs in every process
-    if whole and not inside and config.getoption("numprocesses", 0) is None:
+    debugging = config.getoption("usepdb", False)
+    if whole and not inside and not debugging and config.getoption("numprocesses", 0) is None:
         config.option.numprocesses = min(2, os.cpu_count() or 1)
         config.option.dist = "loadfile"
 
