@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .targets import evaluating
+from .targets import evaluating, positional
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -43,7 +43,7 @@ def remove_layers(
         raise ValueError(
             f"remove_layers: expected model to be traceable by torch.fx, got {error}"
         ) from error
-    arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    arguments = positional(example_inputs)
     shapes = _shapes(traced, arguments)
     calls = {str(n.target): n for n in traced.graph.nodes if n.op == "call_module"}
     for name in names:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .budget import check_share
 from .calibration import observed
 from .regularization import check_choice, check_number
-from .targets import Target, evaluating
+from .targets import Target, evaluating, positional
 
 Form = Literal["inverted", "weight_scaling"]
 
@@ -226,7 +226,7 @@ def rescale_dropout_(
     Raises:
         ValueError: no such dropout, or `rates` of other modules; nothing is changed then.
     """
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    args = positional(example_inputs)
     dropouts = {m: n for n, m in model.named_modules() if isinstance(m, (_DropoutNd, Dropout))}
     layers = {owner: t for t in targets for owner in t.owners}
     calls: list[nn.Module] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .targets import Target, evaluating
+from .targets import Target, evaluating, positional
 
 
 def find_batch_norms(
@@ -26,7 +26,7 @@ def find_batch_norms(
         targets: layers of the model.
         example_inputs: one input tensor or the positional arguments of `model`.
     """
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    args = positional(example_inputs)
     layers = {owner: t for t in targets for owner in t.owners}
     outputs: list[tuple[Target, Any]] = []  # kept alive: a new tensor must not get an old id
     found: dict[Target, _BatchNorm] = {}

@@ -171,11 +171,10 @@ class Pruner:
             raise ValueError("Pruner.attach: expected one optimizer, got a second one")
         check_optimizer(optimizer, self.targets)
         self._optimizer = optimizer
-        # Before the step the weights are still those that the gradients belong to.
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._each_rate(self.running.observe)),
-            optimizer.register_step_post_hook(lambda *_: self.after_step()),
-        ]
+        self._hooks = [optimizer.register_step_post_hook(lambda *_: self.after_step())]
+        if self.running.values:  # before the step, W is still what the gradients belong to
+            observe = lambda *_: self._each_rate(self.running.observe)  # noqa: E731
+            self._hooks.append(optimizer.register_step_pre_hook(observe))
         return self
 
     def penalty(self) -> Tensor:
@@ -202,7 +201,8 @@ class Pruner:
         self._check_live("after_step")
         if self._optimizer is None and self.regularizers:
             raise ValueError("Pruner.after_step: expected an attached optimizer, got none")
-        self._each_rate(self._prox)
+        if self._acting():
+            self._each_rate(self._prox)
         self._hold_zeros()
         self.step()
 

@@ -243,7 +243,7 @@ def _call_order(
     model: nn.Module, candidates: Sequence[Target], example_inputs: Tensor | Sequence[Any]
 ) -> dict[nn.Module, int]:
     """Position of each layer's last call in one forward pass."""
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    args = positional(example_inputs)
     called: dict[nn.Module, int] = {}
     calls = 0
 
@@ -260,6 +260,11 @@ def _call_order(
         for handle in handles:
             handle.remove()
     return called
+
+
+def positional(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
+    """The positional arguments of a model from one input tensor or all of them."""
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
 @contextmanager

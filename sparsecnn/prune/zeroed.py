@@ -30,7 +30,7 @@ from .channels import (
     coupled_groups,
 )
 from .surgery import Plan, apply_plan
-from .targets import evaluating, refuse_sparse_layers
+from .targets import evaluating, positional, refuse_sparse_layers
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -57,7 +57,7 @@ def remove_zeroed_(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> 
     round.
     """
     refuse_sparse_layers(model, "remove_zeroed_")
-    arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    arguments = positional(example_inputs)
     report = ChannelReport()
     before = {n: m.weight.shape[0] for n, m in model.named_modules() if isinstance(m, _LAYERS)}
     while _has_zero_groups(model):

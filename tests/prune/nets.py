@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -63,3 +68,21 @@ def digits_net(seed: int = 0) -> DigitsNet:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all 2-d and 4-d parameters by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() in (2, 4)}
+
+
+def run_two_ranks(folder: Path, worker: str, *arguments: str) -> str:
+    """Run a script in two processes of torchrun; what they printed, once both have succeeded."""
+    script = folder / "worker.py"
+    script.write_text(worker)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout

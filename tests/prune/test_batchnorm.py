@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from torch import nn
 from sparsecnn.prune import Magnitude, prune_
 from sparsecnn.prune.batchnorm import recalibrate_batchnorm
 
-from .nets import digits_net
+from .nets import digits_net, run_two_ranks
 
 GROUPS = {"plain": 1, "groups": 2, "depthwise": 4}
 
@@ -183,18 +180,7 @@ dist.destroy_process_group()
 
 
 def test_batchnorm_averages_over_ranks(tmp_path: Path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout
+    run_two_ranks(tmp_path, WORKER, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     norm = nn.BatchNorm2d(4)
