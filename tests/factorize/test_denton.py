@@ -7,8 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsecnn.factorize import Energy, LayerProblem, Method, UnsupportedLayer, factorize
+from sparsecnn.factorize.method import chain_macs
+from sparsecnn.factorize.methods.denton import BiclusterOuter, BiclusterSVD, Monochromatic
 from sparsecnn.factorize.solvers.clustering import balanced_assignment, balanced_kmeans
 from sparsecnn.factorize.solvers.denton import (
     bicluster,
@@ -18,6 +21,7 @@ from sparsecnn.factorize.solvers.denton import (
     outer_product,
     two_svds,
 )
+from sparsecnn.nn.factorized import PermuteChannels
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -34,7 +38,7 @@ def same_partition(found: Tensor, planted: Tensor) -> bool:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
+    return float((got - want).detach().norm() / want.detach().norm())
 
 
 # ---- clusters ------------------------------------------------------------------------------------
@@ -266,3 +270,116 @@ def test_bad_ranks_are_refused() -> None:
     for ranks in ((0, 1), (1, 3), (4, 1)):
         with pytest.raises(ValueError, match="the 3 input and 2 output channels"):
             two_svds(normal(1, 2, 3, 1, 1), *ranks)
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def conv_of(w: Tensor, **options: object) -> nn.Conv2d:
+    """A convolution with these weights and a bias."""
+    t, s, kh, kw = w.shape
+    conv = nn.Conv2d(s, t, (kh, kw), dtype=torch.float64, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        conv.weight.copy_(w)
+        assert conv.bias is not None
+        conv.bias.copy_(normal(t, seed=11))
+    return conv
+
+
+def agrees(chain: nn.Module, conv: nn.Conv2d, tolerance: float) -> bool:
+    x = normal(2, conv.in_channels, 11, 9, seed=12)
+    return error(chain(x), conv(x)) < tolerance
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": (1, 2), "dilation": (2, 1)}])
+def test_mono_layer_equals_dense_on_planted_colours(geometry: dict[str, object]) -> None:
+    w, _ = planted_colours()
+    conv = conv_of(w, **geometry)
+    chain = factorize(conv, "mono", 6)
+    assert agrees(chain, conv, 1e-6)
+    assert [type(m) for m in chain] == [nn.Conv2d, nn.Conv2d, PermuteChannels]
+    assert chain[0].out_channels == 6 and chain[1].groups == 6
+    assert not agrees(factorize(conv, "mono", 3), conv, 1e-2)  # colours are missing
+
+
+def test_mono_counts_and_divisors() -> None:
+    p = LayerProblem.of(conv_of(normal(12, 5, 3, 3), stride=2, padding=1), in_hw=(11, 9))
+    method = Monochromatic()
+    assert [method.clamp(p, (rank,)) for rank in (0, 1, 5, 7, 11, 40)] == [
+        (1,), (1,), (4,), (6,), (6,), (12,),
+    ]  # fmt: skip
+    assert chain_macs(p, method.stages(p, (4,))) == 5 * 4 * 99 + 12 * 9 * 30
+    with pytest.raises(ValueError, match="divides the 12 filters, got 5"):
+        method.stages(p, (5,))
+    assert factorize(conv_of(normal(12, 5, 3, 3)), method, 5).ranks == (4,)
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": (1, 2), "dilation": (2, 1)}])
+@pytest.mark.parametrize("method", [BiclusterOuter(3, 2), BiclusterSVD(3, 2)], ids=lambda m: m.name)
+def test_permuted_layer_equals_dense(method: Method, geometry: dict[str, object]) -> None:
+    conv = conv_of(normal(8, 12, 3, 2), **geometry)  # sorted by clusters that mean nothing
+    full = method.full_ranks(LayerProblem.of(conv))
+    chain = factorize(conv, method, full)
+    assert sum(isinstance(m, PermuteChannels) for m in chain) == 3
+    assert agrees(chain, conv, 1e-10)
+    w, *_ = planted_blocks(1)
+    planted = conv_of(w, **geometry)
+    ranks = (1,) * len(full)
+    assert agrees(factorize(planted, method, ranks, seed=1), planted, 1e-6)
+    assert not agrees(factorize(conv, method, ranks), conv, 0.5)
+    without = [m for m in chain if not isinstance(m, PermuteChannels)]
+    assert not agrees(nn.Sequential(*without), conv, 0.5)
+
+
+def test_bicluster_counts() -> None:
+    p = LayerProblem.of(conv_of(normal(8, 12, 3, 3), stride=2, padding=1), in_hw=(11, 9))
+    outer, svds = BiclusterOuter(3, 2), BiclusterSVD(3, 2)
+    assert outer.full_ranks(p) == (16,) and svds.full_ranks(p) == (4, 4)
+    assert chain_macs(p, outer.stages(p, (5,))) == (
+        12 * 2 * 5 * 99 + 3 * 2 * 5 * 9 * 30 + 8 * 3 * 5 * 30
+    )
+    assert chain_macs(p, svds.stages(p, (2, 3))) == (
+        12 * 2 * 2 * 99 + 3 * 2 * 2 * 3 * 9 * 30 + 8 * 3 * 3 * 30
+    )
+
+
+def test_bicluster_svd_energy_follows_the_blocks() -> None:
+    w, *_ = planted_blocks(2)
+    conv = conv_of(torch.cat([w, w]))
+    energies = BiclusterSVD(1, 1).spectra(LayerProblem.of(conv))
+    assert [len(e) for e in energies] == [24, 36]
+    for e, unfolded in zip(
+        energies, (conv.weight.transpose(0, 1), conv.weight), strict=True
+    ):
+        torch.testing.assert_close(e, torch.linalg.svdvals(unfolded.flatten(1)).square())
+    # Per block: blocks of a repeated channel pattern have one direction each.
+    repeated = normal(2, 3, 3, 3)[torch.arange(8) % 2][:, torch.arange(12) % 3]
+    energies = BiclusterSVD(3, 2).spectra(LayerProblem.of(conv_of(repeated)))
+    assert [int((e > 1e-9 * e[0]).sum()) for e in energies] == [1, 1]
+    assert float(energies[0].sum()) == pytest.approx(float(repeated.square().sum()))
+    assert factorize(conv_of(repeated), BiclusterSVD(3, 2), Energy(0.999)).ranks == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["mono", "bicluster_outer", "bicluster_svd"])
+def test_same_seed_same_bits(name: str) -> None:
+    conv = conv_of(normal(8, 6, 3, 3))
+    one, two = (factorize(conv, name, 2, seed=5).state_dict() for _ in range(2))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["mono", "bicluster_outer", "bicluster_svd"])
+def test_grouped_layers_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedLayer, match=f"method '{name}': expected groups 1, got 2"):
+        factorize(nn.Conv2d(4, 8, 3, groups=2), name, 1)
+    with pytest.raises(UnsupportedLayer, match="no form for linear layers; use fc_svd"):
+        factorize(nn.Linear(8, 6), name, 1)
+
+
+def test_unequal_clusters_are_refused() -> None:
+    with pytest.raises(UnsupportedLayer, match="to divide the 3 input channels, got 2"):
+        factorize(nn.Conv2d(3, 8, 3), "bicluster_svd", 1)
+    with pytest.raises(UnsupportedLayer, match="to divide the 8 filters, got 3"):
+        factorize(nn.Conv2d(6, 8, 3), BiclusterOuter(3, 3), 1)
+    for bad in (0, True, 1.5):
+        with pytest.raises(ValueError, match="BiclusterOuter: expected clusters_in an integer"):
+            BiclusterOuter(bad, 2)  # type: ignore[arg-type]

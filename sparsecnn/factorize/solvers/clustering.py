@@ -112,7 +112,8 @@ def _model(members: Tensor, dim: int) -> Tensor:
     """The mean (features,), or an orthonormal basis (features, dim) of the best subspace."""
     if dim == 0:
         return members.mean(0)
-    return torch.linalg.svd(members, full_matrices=False).Vh[:dim].T
+    basis: Tensor = torch.linalg.svd(members, full_matrices=False).Vh[:dim].T
+    return basis
 
 
 def _distances(x: Tensor, model: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,7 @@ from .clustering import balanced_assignment, balanced_kmeans
 
 _ROUNDS = 100
 _SWEEPS = 500
-_TOLERANCE = 1e-13  # of an error relative to the norm, from one sweep to the next
+_TOLERANCE = 1e-10  # of an error relative to the norm, from one sweep to the next
 
 
 class Colours(NamedTuple):
@@ -275,7 +275,8 @@ def _solve(moment: Tensor, one: Tensor, other: Tensor) -> Tensor:
     scale = torch.where(scale > 0, scale, 1.0)
     gram = gram / scale[:, :, None] / scale[:, None, :]
     inverse = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
-    return (moment / scale[:, None]) @ inverse / scale[:, None]
+    solved: Tensor = (moment / scale[:, None]) @ inverse / scale[:, None]
+    return solved
 
 
 def _exact(x: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
