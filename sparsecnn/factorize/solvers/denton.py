@@ -14,8 +14,11 @@ from torch import Tensor
 from .clustering import balanced_assignment, balanced_kmeans
 
 _ROUNDS = 100
-_SWEEPS = 500
-_TOLERANCE = 1e-10  # of an error relative to the norm, from one sweep to the next
+# Alternating least squares ends when no error falls by this share of the norm in a sweep. Terms
+# that are only the start of the joint refit need not be exact.
+_SWEEPS = 300
+_TOLERANCE = 1e-9
+_ROUGH = 1e-5
 
 
 class Colours(NamedTuple):
@@ -149,7 +152,7 @@ def outer_product(blocks: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: K < 1.
 
-    Cost: O(t s kh kw K) per block and sweep, at most 500 sweeps per term and for the refit.
+    Cost: O(t s kh kw K) per block and sweep, at most 300 sweeps per term and for the refit.
     """
     if terms < 1:
         raise ValueError(f"outer_product: expected terms >= 1, got {terms}")
@@ -160,11 +163,11 @@ def outer_product(blocks: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
         rest = x
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(terms):
-            term = _alternate(rest, _first_guess(rest))
+            term = _alternate(rest, _first_guess(rest), _ROUGH if terms > 1 else _TOLERANCE)
             found.append(term)
             rest = rest - _compose(term)
         a, b, c = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-        factors = _alternate(x, (a, b, c)) if terms > 1 else (a, b, c)
+        factors = _alternate(x, (a, b, c), _TOLERANCE) if terms > 1 else (a, b, c)
     norms = [f.norm(dim=1, keepdim=True) for f in factors]
     third = (norms[0] * norms[1] * norms[2]).pow(1 / 3)
     a, b, c = (
@@ -250,7 +253,7 @@ def _first_guess(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _alternate(
-    x: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+    x: Tensor, factors: tuple[Tensor, Tensor, Tensor], tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares for one factor after the other until no block's error moves any more."""
     a, b, c = factors
@@ -261,7 +264,7 @@ def _alternate(
         b = _solve(torch.einsum("btsp,btk,bpk->bsk", x, a, c), a, c)
         c = _solve(torch.einsum("btsp,btk,bsk->bpk", x, a, b), a, b)
         error = (x - _compose((a, b, c))).flatten(1).norm(dim=1)
-        if bool(((before - error) <= _TOLERANCE * norms).all()):
+        if bool(((before - error) <= tolerance * norms).all()):
             break
         before = error
     return a, b, c
