@@ -129,7 +129,7 @@ def _collins(context: Context) -> nn.Module:
     model = context.dense("plain")
     full = sum(csr_bytes(t, t.dense.numel()) for t in find_targets(model))
     pruner = recipes.collins(
-        model, on_validation(context), full // 6, lam=1e-4, grid=(1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+        model, on_validation(context), full // 8, lam=1e-4, grid=(1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
     )
     pruner.step()
     fit(model, context.data, context.seed + 100, pruner=pruner)
@@ -138,7 +138,7 @@ def _collins(context: Context) -> nn.Module:
 
 def _iht(context: Context) -> nn.Module:
     epoch = steps_per_epoch(context.data)
-    return tuned(context, "plain", lambda m: recipes.iht(m, 0.85, 4 * epoch, 2 * epoch, 2))
+    return tuned(context, "plain", lambda m: recipes.iht(m, 0.88, 4 * epoch, 2 * epoch, 2))
 
 
 def _less_is_more(context: Context) -> nn.Module:
@@ -184,14 +184,14 @@ def _l0(context: Context) -> nn.Module:
 
 def _obd(context: Context) -> nn.Module:
     every = 4 * steps_per_epoch(context.data)
-    return tuned(context, "plain", lambda m: recipes.obd(m, 0.85, batches(context), every=every))
+    return tuned(context, "plain", lambda m: recipes.obd(m, 0.88, batches(context), every=every))
 
 
 def _obs(context: Context) -> nn.Module:
     model = context.dense("plain")
     images, labels = context.data.train.tensors
     few = Batches([(images[:256], labels[:256])])
-    pruner = recipes.obs(model, 0.7, few)
+    pruner = recipes.obs(model, 0.72, few)
     pruner.step()
     return pruner.finalize().eval()
 
