@@ -1,0 +1,73 @@
+"""Rank policies that look at all layers of a network at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .method import Method
+from .methods.zhang import Zhang, pca_eigenvalues
+from .problem import LayerProblem, UnsupportedLayer
+from .ranks import check_number
+from .solvers.response import greedy_pca_ranks
+
+
+@dataclass(frozen=True)
+class PCAEnergyGlobal:
+    r"""One budget for all layers, spent where the responses need it.
+
+        max prod_l sum_{a <= r_l} sigma_{l,a}    s.t.    sum_l (r_l / T_l) C_l <= sum_l C_l / v
+
+    with sigma the eigenvalues of the covariance of layer l's responses and C_l its MACs as it is,
+    greedily (Zhang, Zou, He, Sun, TPAMI 2016, section 2.4; see `greedy_pca_ranks`). As there, the
+    1x1 stages do not count: the MACs of the chains are above the budget by ``r_l T_l`` per output
+    position. `Zhang` of variant "3d" gets r_l at sqrt(v) and the K_l at which V x H is another
+    sqrt(v) times faster than r_l filters.
+
+    Attributes:
+        speedup: v > 1.
+
+    Raises:
+        TypeError: no number.
+        ValueError: out of range.
+    """
+
+    speedup: float
+
+    def __post_init__(self) -> None:
+        check_number("PCAEnergyGlobal", "speedup", self.speedup, 1)
+
+    def select_all(
+        self, problems: Mapping[str, LayerProblem], method: Method
+    ) -> dict[str, tuple[int, ...]]:
+        """Ranks of every layer, by name.
+
+        Raises:
+            UnsupportedLayer: a method whose only rank is not that of the responses.
+            ValueError: no moments, or a speedup out of reach.
+
+        Cost: an eigenproblem (T, T) per layer and group.
+        """
+        split = isinstance(method, Zhang) and method.variant == "3d"
+        for p in problems.values():
+            full = method.full_ranks(p)
+            if (len(full) > 1 and not split) or full[0] > p.T:
+                raise UnsupportedLayer(
+                    f"factorize: {p.name}: PCAEnergyGlobal chooses a rank of the responses, which "
+                    f"method {method.name!r} does not have; use zhang or channel_svd"
+                )
+        part = math.sqrt(self.speedup) if split else self.speedup
+        found = greedy_pca_ranks(
+            [pca_eigenvalues(p) for p in problems.values()],
+            [float(p.dense_macs) for p in problems.values()],
+            part,
+        )
+        ranks: dict[str, tuple[int, ...]] = {}
+        for (name, p), rank in zip(problems.items(), found, strict=True):
+            if split:
+                assert isinstance(method, Zhang)
+                ranks[name] = (rank, method.pairs_for(p, rank, part))
+            else:
+                ranks[name] = method.clamp(p, (rank,))
+        return ranks
