@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row["zeros"] < method.zeros - 0.005:
             failed.append(f"{method.name} has {row['zeros']:.1%} zeros, not {method.zeros:.0%}")
         if row["size_ratio"] < method.smaller:
-            failed.append(f"{method.name} is {row['size_ratio']:.1f}x smaller, not {method.smaller}x")
+            failed.append(f"{method.name}: {row['size_ratio']:.1f}x smaller, not {method.smaller}x")
         if row["macs_share"] > method.macs + 0.005:
             failed.append(f"{method.name} has {row['macs_share']:.1%} MACs, not {method.macs:.0%}")
     console.print(table)

@@ -15,10 +15,9 @@ from sparsecnn.nn._common import inherit
 
 from .api import Factorize, Factorized, NoGain, check_layer, solve
 from .collect import collect_moments, layer_inputs
-from .global_ranks import GlobalPolicy
 from .method import chain_macs, chain_params, method_of
 from .problem import LayerProblem, UnsupportedLayer, relative_error
-from .ranks import policy_of
+from .ranks import GlobalPolicy
 from .reconstruct import reconstruct_
 from .report import FactorizeReport, LayerReport
 from .survey import Site, fold_norm_, set_module, survey
@@ -255,7 +254,7 @@ class _Run:
             if name in self.global_ranks:
                 ranks = config.rounded(p, self.global_ranks[name])
             else:
-                ranks = config.rounded(p, policy_of(config.rank).select(p, method))
+                ranks = config.ranks(p)
             config.check_gain(p, ranks)
         except (UnsupportedLayer, NoGain) as error:
             if isinstance(error, UnsupportedLayer) and (self.strict or name in self.named):
@@ -308,9 +307,12 @@ class _Run:
         self.report.notes.append(f"reconstructed {name}: {before:.4f} > {after:.4f}")
 
     def _trial(
-        self, name: str, ranks: tuple[int, ...], evaluate: Callable[[nn.Module], float]
+        self, name: str, ranks: tuple[int, ...] | None, evaluate: Callable[[nn.Module], float]
     ) -> float:
         """What `evaluate` says of the network with one layer factorized; nothing stays."""
+        if ranks is None:
+            with evaluating(self.model):
+                return evaluate(self.model)
         config = self.chosen[name]
         p = self._problem(name, config, self._moments([name]))
         original = self.sites[name].module

@@ -53,7 +53,7 @@ class LayerProblem:
     batch: int = 1
     linear: bool = False
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     moments: Moments | None = None
     seed: int = 0
     name: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def time_layer(
         for layout in LAYOUTS if x.dim() == 4 else ["contiguous"]:
             placed = copy.deepcopy(layer).eval()
             if layer is not dense or x.dim() == 4:
-                placed = placed.to(memory_format=LAYOUTS[layout])
+                placed = placed.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
             data = x.contiguous(memory_format=LAYOUTS[layout])
             fns[f"{name} {layout}"] = lambda m=placed, d=data: m(d)  # type: ignore[misc]
     stats = time_interleaved(
@@ -88,17 +89,17 @@ def placeholder(p: LayerProblem, method: Method, ranks: tuple[int, ...]) -> nn.M
 
 def dense_layer(p: LayerProblem) -> nn.Module:
     """The layer of a problem."""
-    options = {"device": p.device, "dtype": p.dtype}
+    options: dict[str, Any] = {"device": p.device, "dtype": p.dtype}
     weight = p.weight.to(p.device, p.dtype).flatten(0, 1)
     layer: nn.Module
     if p.linear:
-        layer = nn.Linear(p.S, p.T, p.bias is not None, **options)  # type: ignore[arg-type]
+        layer = nn.Linear(p.S, p.T, p.bias is not None, **options)
         weight = weight.flatten(1)
     else:
-        mode: object = p.padding_mode
+        mode: Any = p.padding_mode
         layer = nn.Conv2d(
             p.groups * p.S, p.groups * p.T, (p.kh, p.kw), p.stride, p.padding, p.dilation,
-            p.groups, p.bias is not None, mode, **options,  # type: ignore[arg-type]
+            p.groups, p.bias is not None, mode, **options,
         )  # fmt: skip
     layer.weight = nn.Parameter(weight.contiguous())
     return layer
