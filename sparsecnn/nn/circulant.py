@@ -93,7 +93,8 @@ class _Circulant(nn.Module):
     @torch.no_grad()
     def _matrix(self) -> Tensor:
         """(d, d), detached, sharing no memory."""
-        return self._signed().contiguous()
+        matrix: Tensor = self._signed().contiguous()
+        return matrix
 
     def _signed(self) -> Tensor:
         matrix = circulant(self.weight)
@@ -107,7 +108,8 @@ class _Circulant(nn.Module):
             x = x * self.signs.reshape(ones)
         spectrum = torch.fft.rfft(self.weight.to(exact)).reshape(ones)
         spectrum = spectrum * torch.fft.rfft(x.to(exact), dim=dim)
-        return torch.fft.irfft(spectrum, n=self.channels, dim=dim).to(x.dtype)
+        y: Tensor = torch.fft.irfft(spectrum, n=self.channels, dim=dim).to(x.dtype)
+        return y
 
     def _check(self, x: Tensor, dim: int, wanted: str) -> None:
         if x.dim() < -dim or x.shape[dim] != self.channels:
