@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecnn.factorize import LayerProblem, TargetSpeedup, UnsupportedLayer, factorize
+from sparsecnn.factorize import Energy, LayerProblem, TargetSpeedup, UnsupportedLayer, factorize
 from sparsecnn.factorize.collect import collect_moments
 from sparsecnn.factorize.global_ranks import PCAEnergyGlobal
 from sparsecnn.factorize.method import chain_macs
@@ -310,7 +310,7 @@ def test_zhang_beats_weights_and_the_linear_map_on_data(groups: int) -> None:
 
     def loss(method: object) -> float:
         chain = factorize(layer, method, 2, data=found)  # type: ignore[arg-type]
-        return float((chain(x).relu() - layer(x).relu()).square().mean())
+        return float((chain(x).relu() - layer(x).relu()).detach().square().mean())
 
     weights, linear, nonlinear = loss("channel_svd"), loss(Zhang(nonlinear=False)), loss(Zhang())
     assert nonlinear < linear < 0.7 * weights
@@ -347,11 +347,11 @@ def test_zhang_3d_splits_the_filters_of_2d_by_the_closed_form() -> None:
     split = factorize(layer, Zhang(variant="3d"), (4, 5), data=found)
     assert [tuple(s.weight.shape) for s in split] == [(5, 8, 3, 1), (4, 5, 1, 3), (16, 4, 1, 1)]
     # In the span of the responses, the loss of the split is the tail of its spectrum.
-    filters = flat[0].weight * flat[1].weight.norm(dim=0)[:, :, 0, 0].T[..., None, None]
+    filters = flat[0].weight.detach() * flat[1].weight.detach().norm(dim=0)[:, :, :, None]
     tail = torch.linalg.svdvals(vh_matrix(filters))[5:]
     gap = split.dense_weight() - flat.dense_weight()
     assert float(gap.norm()) == pytest.approx(float(tail.norm()), rel=1e-8)
-    error_of = [float((c(x) - layer(x)).norm()) for c in (split, flat)]
+    error_of = [float((c(x) - layer(x)).detach().norm()) for c in (split, flat)]
     assert error_of[0] > error_of[1]
 
 
@@ -371,8 +371,12 @@ def test_zhang_asymmetric_corrects_a_compressed_prefix() -> None:
         assert found.asymmetric == (reference is not None)
         net = copy.deepcopy(now)
         net[2] = factorize(second, Zhang(), 4, data=found)
-        results.append(float((net(x) - original(x)).norm()))
+        results.append(float((net(x) - original(x)).detach().norm()))
     assert results[1] < 0.9 * results[0]
+    # At full rank there is nothing to lose in this layer, and the errors before it to win.
+    net[2] = factorize(second, Zhang(), 12, data=found)
+    left = float((net(x) - original(x)).detach().norm())
+    assert left < 0.95 * float((now(x) - original(x)).detach().norm())
 
 
 def test_zhang_takes_linear_layers() -> None:
@@ -387,6 +391,18 @@ def test_zhang_takes_linear_layers() -> None:
     assert error(chain(x.T).T, y) == pytest.approx(float(values[8:].sum()), rel=1e-6)
     with pytest.raises(UnsupportedLayer, match="'3d' splits kernels"):
         factorize(layer, Zhang(variant="3d"), (8, 8), data=found)
+
+
+def test_zhang_rank_by_energy_is_that_of_the_responses() -> None:
+    layer, x = conv(padding=1), images()
+    found = moments(layer, x)
+    y = layer(x).detach().transpose(0, 1).flatten(1)
+    values = torch.linalg.eigvalsh(covariance(y)[0]).flip(0)
+    kept = values.cumsum(0) / values.sum()
+    rank = factorize(layer, Zhang(), Energy(0.95), data=found).ranks[0]
+    assert kept[rank - 1] >= 0.95 > kept[rank - 2]
+    # The weights would ask for more: their spectrum is flat.
+    assert rank < factorize(layer, "channel_svd", Energy(0.95)).ranks[0]
 
 
 def test_zhang_names_what_is_missing() -> None:
@@ -475,6 +491,11 @@ def test_global_ranks_are_the_greedy_ones_of_the_responses() -> None:
     shares = [found[n][0] / p.T for n, p in problems.items()]
     assert shares[0] < shares[1]
     assert PCAEnergyGlobal(3.0).select_all(problems, ChannelSVD()) == found
+    # With the budget for itself a layer has T / v of its components.
+    chain = factorize(
+        conv(padding=1), Zhang(), PCAEnergyGlobal(3.0), data=problems["narrow"].moments
+    )
+    assert chain.ranks == (5,)
 
 
 def test_global_eigenvalues_are_those_of_the_centred_responses() -> None:
