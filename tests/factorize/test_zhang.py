@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Mean squared error per sample."""
-    return float((found - wanted).square().sum() / wanted.shape[1])
+    return float((found - wanted).detach().square().sum() / wanted.shape[1])
 
 
 def covariance(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,9 +252,9 @@ def images(count: int = 60, channels: int = 8, seed: int = 0) -> Tensor:
     return mixed + rand(channels, 1, 1, seed=seed + 2) + 0.05 * rand(*mixed.shape, seed=seed + 3)
 
 
-def conv(groups: int = 1, **options: object) -> nn.Conv2d:
+def conv(groups: int = 1, **options: Any) -> nn.Conv2d:
     """8 -> 16 channels, 3x3, seeded."""
-    layer = nn.Conv2d(8, 16, 3, groups=groups, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    layer = nn.Conv2d(8, 16, 3, groups=groups, dtype=torch.float64, **options)
     with torch.no_grad():
         layer.weight.copy_(rand(*layer.weight.shape, seed=4) / 8)
         if layer.bias is not None:
@@ -261,10 +262,10 @@ def conv(groups: int = 1, **options: object) -> nn.Conv2d:
     return layer
 
 
-def moments(layer: nn.Module, x: Tensor, **options: object) -> Moments:
+def moments(layer: nn.Module, x: Tensor, **options: Any) -> Moments:
     """Of a single layer, all positions."""
     model = nn.Sequential(layer)
-    return collect_moments(model, ["0"], x.split(16), positions=99, **options)["0"]  # type: ignore[arg-type]
+    return collect_moments(model, ["0"], x.split(16), positions=99, **options)["0"]
 
 
 @pytest.mark.parametrize("options", [
@@ -272,8 +273,8 @@ def moments(layer: nn.Module, x: Tensor, **options: object) -> Moments:
     {"padding": "same", "padding_mode": "reflect"}, {"padding": 2, "dilation": 2},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("variant", ["2d", "3d"])
-def test_zhang_full_rank_equals_the_layer(variant: str, options: dict[str, object]) -> None:
-    layer = conv(**options)  # type: ignore[arg-type]
+def test_zhang_full_rank_equals_the_layer(variant: str, options: dict[str, Any]) -> None:
+    layer = conv(**options)
     x = images()
     method = Zhang(variant=variant)  # type: ignore[arg-type]
     ranks = method.full_ranks(LayerProblem.of(layer))
