@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparsecnn._models import evaluating, refuse_sparse_layers
+
 from .api import Config, resolve
 from .coupling import follow, misfit, obstacle, trace
 from .granularity import filter_
@@ -26,7 +28,7 @@ from .importance import PruneConfig
 from .protocols import Calibration, Stats
 from .selection import drop_lowest, score_targets
 from .surgery import Plan, apply_plan, is_depthwise, zero_columns_
-from .targets import Target, check_maskable, evaluating, refuse_sparse_layers
+from .targets import Target, check_maskable
 
 _SLICED = (nn.Conv2d, nn.Linear, _BatchNorm)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sparsecnn.factorize import METHODS, LayerProblem, TargetSpeedup, UnsupportedLayer, factorize
-from sparsecnn.factorize.method import chain_macs, chain_params
-from sparsecnn.measure import count_macs
+from sparsecnn.factorize import METHODS, LayerProblem, UnsupportedLayer, factorize
 
 # Methods whose chain needs responses are exact on data only; they have tests of their own.
 ON_WEIGHTS = sorted(n for n, make in METHODS.items() if not make().needs_data)
