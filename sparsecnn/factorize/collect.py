@@ -130,11 +130,17 @@ def layer_inputs(
             seen: list[Tensor] = []
             found.append(seen)
 
-            def keep(x: Tensor, output: Tensor, seen: list[Tensor] = seen) -> None:
-                seen.append(x.detach().clone())  # a later in-place operation may overwrite it
+            # In front of the call, and a copy: the module or a later one may work in place.
+            def keep(
+                module: nn.Module, args: tuple[Any, ...], kwargs: Any, seen: list[Tensor] = seen
+            ) -> None:
+                seen.append((args[0] if args else kwargs["input"]).detach().clone())
 
-            with observed([(watched, keep)]):
+            handle = watched.register_forward_pre_hook(keep, with_kwargs=True)
+            try:
                 _run(network, inputs)
+            finally:
+                handle.remove()
         _same_calls(name, what, len(found[0]), len(found[1]))
         pairs += zip(*found, strict=True)
     if not pairs:

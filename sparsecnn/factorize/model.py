@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecnn._models import evaluating, match_names, progress_bar
+from sparsecnn._models import evaluating, progress_bar
 from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 from sparsecnn.nn._common import inherit
 
 from .api import Factorize, Factorized, NoGain, check_layer, solve
+from .arguments import Config, FilterFn, Order, assign, check_arguments, named
 from .collect import collect_moments, layer_inputs
 from .method import chain_macs, chain_params, method_of
 from .problem import LayerProblem, UnsupportedLayer, relative_error
@@ -22,11 +23,6 @@ from .reconstruct import reconstruct_
 from .report import FactorizeReport, LayerReport
 from .survey import Site, fold_norm_, set_module, survey
 from .timing import time_layer
-
-DEFAULT = "_default"
-Order = Literal["one_shot", "layerwise"]
-Config = Factorize | Mapping[str, Factorize | None]
-FilterFn = Callable[[nn.Module, str], bool]
 
 
 def factorize_(
@@ -90,9 +86,9 @@ def factorize_(
     Cost: that of the methods; a forward pass for the geometry and one per layer over `calib` where
     data is needed.
     """
-    _check(model, config, calib, order, reconstruct, finetune)
+    check_arguments(model, config, calib, order, reconstruct, finetune)
     sites = survey(model, example_inputs)
-    chosen = _assign(sites, config, filter_fn)
+    chosen = assign(sites, config, filter_fn)
     if calib is None and any(method_of(c.method).needs_data for c in chosen.values()):
         raise ValueError(
             "factorize_: expected calib for a method that works on responses, got None; pass "
@@ -100,7 +96,7 @@ def factorize_(
         )
     run = _Run(
         model, example_inputs, list(calib) if calib is not None else None, chosen,
-        _named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
+        named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
     )  # fmt: skip
     run.prepare()
     with progress_bar(progress, "factorize", len(chosen)) as tick:
@@ -335,85 +331,3 @@ def _bare(module: nn.Module) -> nn.Module:
     inherit(bare, nn.Identity())
     bare.training = False
     return bare
-
-
-def _check(
-    model: object,
-    config: object,
-    calib: object,
-    order: object,
-    reconstruct: object,
-    finetune: object,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"factorize_: expected model an nn.Module, got {type(model).__name__}")
-    entries = config.values() if isinstance(config, Mapping) else [config]
-    for entry in entries:
-        if not isinstance(entry, Factorize) and not (
-            entry is None and isinstance(config, Mapping)
-        ):
-            raise TypeError(
-                "factorize_: expected config a Factorize or a mapping of layer names to them, got "
-                f"{entry!r:.80}"
-            )
-    if order not in get_args(Order):
-        raise ValueError(f"factorize_: expected order one_shot or layerwise, got {order!r}")
-    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
-        raise ValueError(
-            f"factorize_: expected reconstruct an integer >= 0, got {reconstruct!r}"
-        )
-    if reconstruct and calib is None:
-        raise ValueError("factorize_: expected calib for reconstruct, got None")
-    if calib is not None and (isinstance(calib, Tensor) or not isinstance(calib, Iterable)):
-        raise TypeError(
-            f"factorize_: expected calib batches of inputs, got {type(calib).__name__}; put a "
-            "tensor in a list"
-        )
-    if finetune is not None and not callable(finetune):
-        raise TypeError(
-            f"factorize_: expected finetune a function, got {type(finetune).__name__}"
-        )
-
-
-def _named(config: Config) -> frozenset[str]:
-    if isinstance(config, Factorize):
-        return frozenset()
-    return frozenset(name for name, entry in config.items() if entry is not None)
-
-
-def _assign(
-    sites: Sequence[Site], config: Config, filter_fn: FilterFn | None
-) -> dict[str, Factorize]:
-    """Name of each addressed layer to its config, in the order of the calls."""
-    if isinstance(config, Factorize):
-        config = {DEFAULT: config}
-    names = {alias: site for site in sites for alias in site.names}
-    exact: dict[str, Factorize | None] = {}
-    matched: dict[str, Factorize | None] = {}
-    for pattern, entry in config.items():
-        if pattern == DEFAULT:
-            continue
-        table = matched if pattern.startswith("re:") else exact
-        for alias in match_names(pattern, names, "factorize_: config", "a layer"):
-            name = names[alias].name
-            if name in table and table[name] != entry:
-                raise ValueError(
-                    f"factorize_: expected one config for layer {name!r}, got different ones; "
-                    "name the layer"
-                )
-            table[name] = entry
-    default = config.get(DEFAULT)
-    chosen = {}
-    for site in sites:
-        linear = isinstance(site.module, nn.Linear)
-        fits = default is not None and linear == (method_of(default.method).name == "fc_svd")
-        fallback = default if fits else None
-        entry = exact.get(site.name, matched.get(site.name, fallback))
-        if entry is not None and (filter_fn is None or filter_fn(site.module, site.name)):
-            chosen[site.name] = entry
-    if not chosen:
-        raise ValueError(
-            "factorize_: expected config and filter_fn to leave at least one layer, got none of "
-            f"{len(sites)}"
-        )
-    return chosen

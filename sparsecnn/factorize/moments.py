@@ -203,8 +203,9 @@ def positions_of(layer: nn.Module, output: Tensor, count: int, source: torch.Gen
     images = 1 if output.dim() < 2 else len(output)
     total = output.numel() // _width(layer)
     per_image = total // max(images, 1)
-    order = torch.rand(images, per_image, generator=source).argsort(1)[:, :count].sort(1).values
-    return (order + torch.arange(images)[:, None] * per_image).flatten()
+    keys = torch.rand(images, per_image, generator=source)
+    chosen = keys.topk(min(count, per_image), dim=1).indices.sort(1).values
+    return (chosen + torch.arange(images)[:, None] * per_image).flatten()
 
 
 def responses_at(layer: nn.Module, output: Tensor, positions: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from sparsecnn._models import evaluating, positional, refuse_sparse_layers
 
 from .problem import UnsupportedLayer
 
+MAX_ZEROS = 0.3
+"""Share of zero weights above which a network counts as pruned."""
+
 
 @dataclass
 class Site:
@@ -49,7 +52,7 @@ def survey(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> list[Sit
     """All convolutions and linear layers, in the order of their first calls.
 
     Raises:
-        ValueError: layers swapped by sparsecnn, or masks: factorization comes first.
+        ValueError: layers swapped by sparsecnn, masks, or many zeros: factorization comes first.
     """
     refuse_sparse_layers(model, "factorize_")
     _refuse_masks(model)
@@ -87,6 +90,19 @@ def _refuse_masks(model: nn.Module) -> None:
         raise ValueError(
             f"factorize_: expected model without masks or parametrizations, got {len(masked)}: "
             f"{', '.join(masked[:5])}; factorize first, then prune"
+        )
+    weights = [
+        m.weight for m in model.modules()
+        if isinstance(m, (_ConvNd, nn.Linear)) and isinstance(m.weight, Tensor)
+    ]  # fmt: skip
+    total = sum(w.numel() for w in weights)
+    zeros = total - sum(int(w.count_nonzero()) for w in weights)
+    # Factors are dense: what pruning has won would be lost without a word.
+    if zeros > MAX_ZEROS * total:
+        raise ValueError(
+            f"factorize_: expected model with at most {MAX_ZEROS:.0%} zero weights, got "
+            f"{zeros / total:.0%}; factorize first, then prune, or remove what is zero: "
+            "sparsecnn.materialize"
         )
 
 

@@ -176,10 +176,11 @@ class Zhang(Method):
         if rank == p.T and not moments.asymmetric:
             identity = torch.eye(p.T, dtype=p.weight.dtype)
             return AffineLowRank(identity, identity, p.weight.new_zeros(p.T))
-        if moments.count <= rank:
+        count = min(moments.count, moments.limit)
+        if count <= rank:
             raise ValueError(
                 f"factorize: {p.name}: expected more than {rank} calibration samples for rank "
-                f"{rank}, got {moments.count}; pass more images or positions"
+                f"{rank}, got {count}; pass more images or positions"
             )
         if not self.nonlinear and not moments.asymmetric:
             return principal_projection(moments.cov_out()[group], moments.mean_out()[group], rank)

@@ -224,6 +224,8 @@ def greedy_pca_ranks(
     The product of the kept energies follows the accuracy of a network (the TPAMI paper, section
     2.4). From full ranks on, a component is dropped where
     ``(sigma_{l,r_l} / sum_{a <= r_l} sigma_{l,a}) / (C_l / d_l)`` is least, until the budget holds.
+    The last component may have been a dear one: what it leaves of the budget is filled again, the
+    greatest share first (ours).
 
     Args:
         eigenvalues: per layer (d_l,), descending.
@@ -246,20 +248,30 @@ def greedy_pca_ranks(
             f"layer), got {speedup:g}"
         )
     # Rounding leaves tiny negative eigenvalues where there is no variance.
-    kept = [values.clamp(min=0).tolist() for values in eigenvalues]
-    sums = [sum(values) for values in kept]
-    steps = [cost / len(values) for cost, values in zip(costs, kept, strict=True)]
-    spent = total
-    while spent > total / speedup * (1 + 1e-12):
-        losses = [
-            (values[-1] / energy if energy > 0 else 0.0) / step
-            if len(values) > 1
-            else float("inf")
-            for values, energy, step in zip(kept, sums, steps, strict=True)
+    clamped = [values.double().clamp(min=0) for values in eigenvalues]
+    spectra = [values.tolist() for values in clamped]
+    energies = [values.cumsum(0).tolist() for values in clamped]
+    steps = [cost / len(values) for cost, values in zip(costs, spectra, strict=True)]
+    ranks = [len(values) for values in spectra]
+    budget = total / speedup * (1 + 1e-12)
+
+    def share(layer: int, component: int) -> float:
+        """Of the energy up to a component, what it brings, per unit of cost."""
+        energy = energies[layer][component]
+        return spectra[layer][component] / energy / steps[layer] if energy > 0 else 0.0
+
+    def spent() -> float:
+        return sum(rank * step for rank, step in zip(ranks, steps, strict=True))
+
+    while spent() > budget:
+        layers = [layer for layer, rank in enumerate(ranks) if rank > 1]
+        ranks[min(layers, key=lambda layer: share(layer, ranks[layer] - 1))] -= 1
+    while True:
+        layers = [
+            layer
+            for layer, rank in enumerate(ranks)
+            if rank < len(spectra[layer]) and spent() + steps[layer] <= budget
         ]
-        layer = losses.index(min(losses))
-        kept[layer].pop()
-        # Not by subtraction: the differences of a long tail would swallow the small values.
-        sums[layer] = sum(kept[layer])
-        spent = sum(len(values) * step for values, step in zip(kept, steps, strict=True))
-    return [len(values) for values in kept]
+        if not layers:
+            return ranks
+        ranks[max(layers, key=lambda layer: share(layer, ranks[layer]))] += 1
