@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from sparsecnn.nn._common import inherit
 
+from .collect import Batch, evaluating
+from .moments import patches_at, responses_at
 from .problem import UnsupportedLayer
 from .solvers.circulant import captured, circulant_rows, learn_circulant, pca_bound
 
@@ -49,7 +50,7 @@ class _Between:
 
 @torch.no_grad()
 def compact_maps_(
-    model: nn.Module, first: str, second: str, k: int, batches: Iterable[Any], *, seed: int = 0
+    model: nn.Module, first: str, second: str, k: int, batches: Iterable[Batch], *, seed: int = 0
 ) -> CompactMaps:
     """Replace the d maps between two layers by k compact ones, in place.
 
@@ -81,12 +82,14 @@ def compact_maps_(
         second: name of the one layer of the same kind that reads it, through nothing but a batch
             norm and a ReLU, as modules or functions.
         k: compact maps, 1 <= k <= d.
-        batches: inputs of the model, each a tensor or a tuple of positional arguments.
+        batches: inputs of the model on its device, each a tensor or a tuple of positional
+            arguments.
         seed: of the circulant's starts and of the check's random responses.
 
     Raises:
         UnsupportedLayer: layers of another kind, grouped ones, weights that are masked or
             parametrized; `second` is not fed by `first` alone, or something else reads it.
+        TypeError: batches of another kind.
         ValueError: unknown names, k out of range, no batch, responses that are not finite.
 
     Cost: two runs over the batches and two linear systems of S kh kw and k kh kw unknowns; the
@@ -101,10 +104,8 @@ def compact_maps_(
         )
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d:
         raise ValueError(f"compact_maps_: expected k between 1 and {d}, got {k!r}")
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not inputs:
-        raise ValueError("compact_maps_: expected at least one batch, got none")
-    with _evaluating(model):
+    inputs = _inputs(batches)
+    with evaluating(model):
         between = _between(model, a, b, inputs[0], (first, second), seed)
         q, kept, bound, new_first = _compacted(model, a, b, between, k, inputs, seed)
         new_second, error = _refitted(model, a, b, between, q, new_first, inputs)
@@ -134,10 +135,10 @@ def _compacted(
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     for x, z, _ in _traced(model, a, b, inputs):
-        responses = _with_ones(_rows(z, b))
+        responses = _with_ones(_rows(a, z))
         moments += responses.T @ responses
         if fitted:
-            patches = _with_ones(_patches(a, x))
+            patches = _with_ones(_patches(a, x, z))
             gram = gram + patches.T @ patches
             cross = cross + patches.T @ responses[:, :-1]
     count = moments[-1, -1]
@@ -181,8 +182,8 @@ def _refitted(
     missing = energy = 0.0
     for x, _, y in _traced(model, a, b, inputs):
         z = new_first(x)
-        patches = _patches(b, z.relu() if between.relu else z)
-        wanted = _rows(y, b)
+        patches = _patches(b, z.relu() if between.relu else z, y)
+        wanted = _rows(b, y)
         rest = wanted - patches @ start.T
         if bias is not None:
             rest = rest - bias
@@ -202,6 +203,21 @@ def _refitted(
         bias = bias + change[-1]
     error = (max(left, 0.0) / energy) ** 0.5 if energy else 0.0
     return _made(b, weight.reshape(prior.shape), bias), error
+
+
+def _inputs(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
+    """The positional arguments of every batch."""
+    inputs = []
+    for batch in batches:
+        if not isinstance(batch, (Tensor, tuple)):
+            raise TypeError(
+                "compact_maps_: expected batches of inputs, a tensor or a tuple of arguments, got "
+                f"{type(batch).__name__}; leave labels out"
+            )
+        inputs.append(batch if isinstance(batch, tuple) else (batch,))
+    if not inputs:
+        raise ValueError("compact_maps_: expected at least one batch, got none")
+    return inputs
 
 
 def _layer(model: nn.Module, name: str) -> Layer:
@@ -339,22 +355,16 @@ def _made(like: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     return made
 
 
-def _patches(layer: Layer, x: Tensor) -> Tensor:
+def _patches(layer: Layer, x: Tensor, output: Tensor) -> Tensor:
     """(n, S kh kw) inputs of a layer at every output position, float64 on the CPU."""
-    x = x.detach().to("cpu", torch.float64)
-    if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2)
-    pads: list[int] = layer._reversed_padding_repeated_twice
-    if any(pads):
-        x = F.pad(x, pads, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    size: Any = (layer.kernel_size, layer.dilation, 0, layer.stride)
-    return F.unfold(x, *size).transpose(1, 2).flatten(0, 1)
+    every = torch.arange(output.numel() // layer.weight.shape[0])
+    return patches_at(layer, x.to("cpu", torch.float64), output, every)[:, 0]
 
 
-def _rows(maps: Tensor, layer: Layer) -> Tensor:
-    """(n, channels) of (N, channels, H, W) or (..., channels), float64 on the CPU."""
-    maps = maps.detach().to("cpu", torch.float64)
-    return (maps.movedim(1, -1) if isinstance(layer, nn.Conv2d) else maps).flatten(0, -2)
+def _rows(layer: Layer, output: Tensor) -> Tensor:
+    """(n, T) outputs of a layer at every position, float64 on the CPU."""
+    every = torch.arange(output.numel() // layer.weight.shape[0])
+    return responses_at(layer, output.to("cpu", torch.float64), every)[:, 0]
 
 
 def _with_ones(rows: Tensor) -> Tensor:
@@ -368,15 +378,3 @@ def _hooked(handles: Iterable[Any]) -> Iterator[None]:
         for handle in handles:
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

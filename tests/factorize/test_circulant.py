@@ -353,5 +353,7 @@ def test_bad_arguments_are_refused() -> None:
             compact_maps_(net, "a", "b", k, batches)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least one batch, got none"):
         compact_maps_(net, "a", "b", 2, [])
+    with pytest.raises(TypeError, match="got list; leave labels out"):
+        compact_maps_(net, "a", "b", 2, [[batches[0], batches[0]]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="expected finite c"):
         compact_maps_(net, "a", "b", 2, [*batches, batches[0] * torch.inf])
