@@ -91,12 +91,13 @@ def cp_als(
         check_init("cp_als", x, rank, init)
         starts = [[f.unsqueeze(0) for f in init.factors]]
     else:
-        starts = [_spectral_start(batch, rank, seed)]
+        generator = torch.Generator().manual_seed(seed)
+        starts = [_spectral_start(batch, rank, generator)]
         if _is_matrix(x.shape):
             n_init = 0
         elif effort(x, rank, 1, 0):
             starts.append([f.unsqueeze(0) for f in cp_tpm(x, rank, seed=seed).factors])
-        starts += [normal_columns(x.shape, rank, 1, seed + 1 + i) for i in range(n_init)]
+        starts += [normal_columns(x.shape, rank, 1, generator) for _ in range(n_init)]
     weights, factors = _best_fit(batch, starts, l2, max_iter, tol)
     return normalized(weights[0], [f[0] for f in factors])
 
@@ -121,9 +122,10 @@ def cp_als_batch(
         ValueError: see `checked`.
     """
     x = checked("cp_als_batch", x, rank)
-    starts = [_spectral_start(x, rank, seed)]
+    generator = torch.Generator().manual_seed(seed)
+    starts = [_spectral_start(x, rank, generator)]
     if not _is_matrix(x.shape[1:]):
-        starts += [normal_columns(x.shape[1:], rank, len(x), seed + 1 + i) for i in range(n_init)]
+        starts += [normal_columns(x.shape[1:], rank, len(x), generator) for _ in range(n_init)]
     return _best_fit(x, starts, 0.0, max_iter, tol)
 
 
@@ -188,7 +190,7 @@ def _is_matrix(sizes: Sequence[int]) -> bool:
     return sum(n > 1 for n in sizes) <= 2
 
 
-def _spectral_start(x: Tensor, rank: int, seed: int) -> list[Tensor]:
+def _spectral_start(x: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
     """The leading terms of a decomposition without error, one (B, n_m, R) per mode.
 
     All modes but the two longest are rotated to their singular vectors (HOSVD). Each slice along
@@ -224,7 +226,7 @@ def _spectral_start(x: Tensor, rank: int, seed: int) -> list[Tensor]:
     index = torch.unravel_index(where, [sizes[m] for m in others]) if others else ()
     for m, basis, i in zip(others, bases, index, strict=True):
         found[m] = basis[row, :, i].mT
-    random = normal_columns(sizes, rank, len(x), seed)
+    random = normal_columns(sizes, rank, len(x), generator)
     norms = [f.norm(dim=1, keepdim=True) for f in found]
     return [
         torch.cat([torch.where(n > 0, f / n.clamp_min(_TINY), r[:, :, :count]), r[:, :, count:]], 2)
