@@ -50,8 +50,9 @@ def cp_als(
     the terms of the power method; the least objective wins, all run as one batch. For a matrix, or
     a tensor with all but two modes of length 1, the first is the optimum. On large tensors
     (512 x 512 x 9 at rank 200) a sweep takes 0.1 s on one core. There the spectral start alone
-    with 30 sweeps comes within 2 to 5 % of the error that ten times as many sweeps reach, and those
-    reach it by terms that cancel (sum_r w_r^2 grows from 2 to 100 times ||X||^2).
+    with 30 sweeps comes within 6 % of the error of ten times as many sweeps (kernels of decaying
+    spectra, 256 and 512 channels), which those buy with terms that cancel: sum_r w_r^2 grows from
+    1 to 3 times ||X||^2 to 15 to 40 times.
 
     Own code, and not `tensorly.decomposition.parafac`, for speed: that forms one full product per
     mode where `Unfolded.sweep` needs two in all, runs one start at a time, and penalizes each
@@ -273,6 +274,7 @@ def _alternate(
     """
     grams = [f.mT @ f for f in factors]
     square = u.matrix.square().sum((1, 2))
+    rounding = _ROUNDING * square.reshape(-1, batch).sum(1)
     ridge = (l2 + _PROXIMAL) * torch.eye(weights.shape[1], dtype=torch.float64)
     objective = square
 
@@ -296,10 +298,11 @@ def _alternate(
     for _ in range(max_iter):
         u.sweep(factors, update)
         total = objective.reshape(-1, batch).sum(1)
-        done = total <= _ROUNDING * square.sum()
-        if previous is not None:
-            done |= previous.sqrt() - total.sqrt() <= tol * total.sqrt()
-        if bool(done.all()):
+        if bool((total <= rounding).any()):  # nothing is left for the other starts to win
             break
+        if previous is not None:
+            gained = previous.sqrt() - total.sqrt()
+            if bool((gained <= tol * total.sqrt()).all()):
+                break
         previous = total
     return objective
