@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"formats", "_library"},
     "nn": {"ops", "formats"},
     "prune": {"nn", "measure"},
-    "factorize": {"nn"},
+    "factorize": {"nn", "measure"},
     "blocks": {"nn"},
     "rewrite": {"blocks", "factorize", "nn"},
     "storage": {"nn", "formats", "_codec"},

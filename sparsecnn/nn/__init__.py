@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsecnn.nn.chain import ChainConv2d
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.depthwise import DepthwiseConv2d
+from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear, PermuteChannels
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
 from sparsecnn.nn.microbatch import microbatch_
@@ -23,8 +24,11 @@ __all__ = [
     "CSRLinear",
     "ChainConv2d",
     "DepthwiseConv2d",
+    "FactorizedConv2d",
+    "FactorizedLinear",
     "FusedConv2d",
     "PatternConv2d",
+    "PermuteChannels",
     "PointwiseConv2d",
     "ResidualBlock",
     "WinogradConv2d",

@@ -1,0 +1,215 @@
+"""``factorize``: one layer or kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnn.nn._common import inherit
+from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear
+
+from .assemble import assemble
+from .method import Factors, Method, chain_macs, chain_params, method_of
+from .problem import LayerProblem, UnsupportedLayer
+from .ranks import RankPolicy, policy_of
+
+if TYPE_CHECKING:
+    from .moments import Moments
+
+Objective = Literal["macs", "params"]
+Factorized = FactorizedConv2d | FactorizedLinear
+
+
+class NoGain(ValueError):
+    """A factorization that costs as much as the layer; the layer should stay dense."""
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """How layers are factorized.
+
+    Attributes:
+        method: a registered name, see `METHODS`, or a `Method` with its options.
+        rank: an integer, one per rank of the method, or a policy: `Fixed`, `Ratio`, `Energy`,
+            `TargetSpeedup`, `ParamRatio`, `EVBMF`, `Latency`, or over all layers
+            `PCAEnergyGlobal`, `Sensitivity`.
+        objective: what must shrink: "macs" or "params".
+        min_gain: a layer whose chain is not better by this factor stays dense.
+        multiple_of: ranks are rounded down to multiples, but not below one.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: an unknown method or a value out of range.
+    """
+
+    method: str | Method = "tucker2"
+    rank: RankPolicy | int | tuple[int, ...] = 0
+    objective: Objective = "macs"
+    min_gain: float = 1.0
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        method_of(self.method)
+        policy_of(self.rank)
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"factorize: expected objective one of {', '.join(get_args(Objective))}, got "
+                f"{self.objective!r}"
+            )
+        if not isinstance(self.min_gain, (int, float)) or not self.min_gain > 0:
+            raise ValueError(f"factorize: expected min_gain > 0, got {self.min_gain!r}")
+        if (
+            not isinstance(self.multiple_of, int)
+            or isinstance(self.multiple_of, bool)
+            or self.multiple_of < 1
+        ):
+            raise ValueError(
+                f"factorize: expected multiple_of an integer >= 1, got {self.multiple_of!r}"
+            )
+
+    def ranks(self, p: LayerProblem) -> tuple[int, ...]:
+        """What the policy chooses for one layer, clamped and rounded.
+
+        Raises:
+            UnsupportedLayer: the method cannot take the layer.
+            ValueError: see the policy.
+        """
+        method = method_of(self.method)
+        check_layer(p, method)
+        return self.rounded(p, policy_of(self.rank).select(p, method))
+
+    def rounded(self, p: LayerProblem, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Clamped to [1, full] and rounded down to multiples."""
+        method = method_of(self.method)
+        step = self.multiple_of
+        return method.clamp(p, [r if r < step else r - r % step for r in method.clamp(p, ranks)])
+
+    def check_gain(self, p: LayerProblem, ranks: tuple[int, ...]) -> None:
+        """Raise `NoGain` if the chain is not better than the layer by `min_gain`."""
+        stages = method_of(self.method).stages(p, ranks)
+        dense, chain = p.dense_macs, chain_macs(p, stages)
+        if self.objective == "params":
+            dense, chain = p.dense_params, chain_params(p, stages)
+        unit = "MACs" if self.objective == "macs" else "weights"
+        if chain * self.min_gain >= dense:
+            raise NoGain(
+                f"no gain: ranks {ranks} need {chain} {unit}, the layer {dense}"
+                + (f" (min_gain {self.min_gain:g})" if self.min_gain != 1 else "")
+            )
+
+
+def check_layer(p: LayerProblem, method: Method) -> None:
+    """Whether a method can take a layer at all.
+
+    Raises:
+        UnsupportedLayer: it cannot; says why.
+        ValueError: it needs calibration data and has none.
+    """
+    if p.linear and method.name != "fc_svd" and not _all_pointwise(p, method):
+        raise UnsupportedLayer(
+            f"factorize: {p.name}: method {method.name!r} has no form for linear layers; use fc_svd"
+        )
+    method.check(p)
+    if method.needs_data and p.moments is None:
+        raise ValueError(
+            f"factorize: {p.name}: expected calibration data for method {method.name!r}, got none; "
+            "pass calib"
+        )
+
+
+def _all_pointwise(p: LayerProblem, method: Method) -> bool:
+    stages = method.stages(p, method.full_ranks(p))
+    return all(stage.kernel == (1, 1) and stage.groups == 1 for stage in stages)
+
+
+def solve(p: LayerProblem, method: Method, ranks: tuple[int, ...], like: Tensor) -> Factorized:
+    """The factorized layer of one problem.
+
+    Args:
+        p: the layer.
+        method: the method.
+        ranks: within [1, full].
+        like: dtype and device of the weights.
+    """
+    factors: list[Factors] = [method.solve(p, ranks, group) for group in range(p.groups)]
+    return assemble(p, method, ranks, factors, like)
+
+
+@torch.no_grad()
+def factorize(
+    layer: nn.Module | Tensor,
+    method: str | Method,
+    rank: RankPolicy | int | tuple[int, ...],
+    *,
+    in_hw: tuple[int, int] | None = None,
+    data: Moments | None = None,
+    objective: Objective = "macs",
+    min_gain: float = 0.0,
+    multiple_of: int = 1,
+    seed: int = 0,
+) -> Factorized:
+    """One layer as a chain of smaller ones; the layer itself is left as it is.
+
+    The factors are computed in float64 and stored in the layer's dtype; no bias and no activation
+    stands between the stages, so at full rank the chain equals the layer.
+
+    Args:
+        layer: `nn.Conv2d`, `nn.Linear`, or a kernel: (K, C, R, S) or (O, I).
+        method: name or `Method`.
+        rank: integer, tuple or policy.
+        in_hw: size of the input map, for policies that count MACs; 56 x 56 if not given.
+        data: responses and inputs of the layer, for the methods that need them.
+        objective: see `Factorize`.
+        min_gain: see `Factorize`; 0 factorizes at any cost, full rank for instance.
+        multiple_of: see `Factorize`.
+        seed: of the methods that draw random starts: same seed, same bits.
+
+    Returns:
+        A `FactorizedConv2d` or `FactorizedLinear` with the layer's flags and hooks.
+
+    Raises:
+        UnsupportedLayer: a layer that the method cannot take.
+        NoGain: the chain is not better than the layer by `min_gain`.
+        TypeError: see `Factorize`.
+        ValueError: an unknown method, ranks or a target out of reach, weights not finite.
+
+    Cost: that of the method, one to a few SVDs for most.
+    """
+    config = Factorize(method, rank, objective, min_gain or 1.0, multiple_of)
+    module = _as_module(layer)
+    p = LayerProblem.of(
+        module, in_hw=in_hw, moments=data, seed=seed, name=type(module).__name__
+    )
+    ranks = config.ranks(p)
+    if min_gain:
+        config.check_gain(p, ranks)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    made = solve(p, method_of(method), ranks, weight)
+    inherit(made, module)
+    for stage in made.modules():
+        stage.training = module.training
+    return made
+
+
+def _as_module(layer: nn.Module | Tensor) -> nn.Module:
+    if isinstance(layer, nn.Module):
+        return layer
+    if not isinstance(layer, Tensor):
+        raise TypeError(
+            f"factorize: expected layer a module or a weight, got {type(layer).__name__}"
+        )
+    if layer.dim() == 2:
+        made: nn.Module = nn.Linear(layer.shape[1], layer.shape[0], False, "meta", layer.dtype)
+    elif layer.dim() == 4:
+        k, c, r, s = layer.shape
+        made = nn.Conv2d(c, k, (r, s), bias=False, device="meta", dtype=layer.dtype)
+    else:
+        raise ValueError(
+            f"factorize: expected a weight (K, C, R, S) or (O, I), got shape {tuple(layer.shape)}"
+        )
+    made.weight = nn.Parameter(layer.detach(), requires_grad=layer.is_floating_point())
+    return made

@@ -1,0 +1,5 @@
+"""The methods, one file per family; importing a file registers what is in it."""
+
+from __future__ import annotations
+
+from . import svd, tucker  # noqa: F401

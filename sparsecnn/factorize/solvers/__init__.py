@@ -1,0 +1,1 @@
+"""Numerical factorizations: float64 tensors in, float64 tensors out, no layers."""
