@@ -159,7 +159,7 @@ def test_evbmf_twice_is_the_same():
 
 def test_evbmf_refuses_what_is_no_matrix():
     for shape in ((2, 3, 4), (0, 3)):
-        with pytest.raises(ValueError, match="expected matrix to have shape .* got ") as caught:
+        with pytest.raises(ValueError, match="expected matrix to have shape") as caught:
             evbmf(torch.zeros(shape))
         assert str(caught.value).endswith(str(shape))
     with pytest.raises(ValueError, match="evbmf: expected matrix to be finite, got NaN"):
