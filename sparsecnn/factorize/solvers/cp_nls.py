@@ -10,7 +10,6 @@ from torch import Tensor
 from .cp import cp_als
 from .cp_tensor import CP, Unfolded, check_init, checked, effort, hadamard, normalized
 
-_CG_ITERATIONS = 60
 _CG_TOLERANCE = 1e-3  # of the gradient; closer solutions cost more than they win
 _FIRST_DAMPING = 1e-3  # times the greatest diagonal entry of J'J
 _LAST_DAMPING = 1e8
@@ -55,7 +54,8 @@ def cp_nls(
     Raises:
         ValueError: see `checked`; l2 or max_iter out of range; an `init` of other shape.
 
-    Cost: per step two products of N R multiply-adds and up to 60 conjugate gradient iterations.
+    Cost: per step two products of N R multiply-adds and up to 60 iterations of conjugate
+    gradients, 20 on large tensors.
 
     Source: Lebedev et al., ICLR 2015, who start from scratch with the toolbox of the authors above.
     """
@@ -67,22 +67,23 @@ def cp_nls(
         init = cp_als(x, rank, l2=l2, seed=seed)
     check_init("cp_nls", x, rank, init)
     u = Unfolded.of(x.unsqueeze(0))
-    factors = _descend(u, u.arranged(init.split()), l2, max_iter, tol)
+    iterations = effort(x, rank, 60, 20)
+    factors = _descend(u, u.arranged(init.split()), l2, max_iter, iterations, tol)
     return normalized(torch.ones(rank, dtype=torch.float64), u.restored(factors))
 
 
 def _descend(
-    u: Unfolded, factors: list[Tensor], l2: float, max_iter: int, tol: float
+    u: Unfolded, factors: list[Tensor], l2: float, max_iter: int, iterations: int, tol: float
 ) -> list[Tensor]:
-    """Factors (n_m, R) after up to `max_iter` steps."""
+    """Factors (n_m, R) after up to `max_iter` steps of up to `iterations` each."""
     square = float(u.matrix.square().sum())
     objective, gradient = _evaluate(u, factors, square, l2)
-    damping, growth = 0.0, 2.0
+    damping, growth = _FIRST_DAMPING * _Model(factors, l2).greatest, 2.0
     for _ in range(max_iter):
+        if objective <= _ROUNDING * square:
+            break
         model = _Model(factors, l2)
-        if damping == 0.0:
-            damping = _FIRST_DAMPING * model.greatest
-        step = model.step(gradient, damping)
+        step = model.step(gradient, damping, iterations)
         trial = [f + s for f, s in zip(factors, step, strict=True)]
         found, slope = _evaluate(u, trial, square, l2)
         predicted = -_dot(gradient, step) - _dot(step, model.times(step)) / 2
@@ -96,7 +97,7 @@ def _descend(
         growth = 2.0
         finished = objective**0.5 - found**0.5 <= tol * found**0.5
         factors, objective, gradient = trial, found, slope
-        if finished or objective <= _ROUNDING * square:
+        if finished:
             break
     return factors
 
@@ -163,7 +164,7 @@ class _Model:
             found.append(v[m] @ self.others[m] + f @ mixed + self.penalty[m] * pull)
         return found
 
-    def step(self, gradient: list[Tensor], damping: float) -> list[Tensor]:
+    def step(self, gradient: list[Tensor], damping: float, iterations: int) -> list[Tensor]:
         """The solution of (J'J + damping I) p = -g, by preconditioned conjugate gradients."""
         eye = torch.eye(len(self.others[0]), dtype=torch.float64)
         blocks = [
@@ -179,7 +180,7 @@ class _Model:
         z = solved(residual)
         direction, along = z, _dot(residual, z)
         enough = _CG_TOLERANCE**2 * _dot(residual, residual)
-        for _ in range(_CG_ITERATIONS):
+        for _ in range(iterations):
             if along <= 0 or _dot(residual, residual) <= enough:
                 break
             image = [

@@ -27,10 +27,10 @@ def cp_tpm(
     the one with the greatest lam alone.
 
     lam is the optimal weight of its term, so ||X_r||^2 = ||X_{r-1}||^2 - lam^2: the residual
-    only falls and no weight exceeds ||X||. Terms cannot grow against each other as in alternating
-    least squares; in return the terms of a tensor that is not orthogonally decomposable are not
-    recovered, and the error at equal R is greater. (`tensorly`'s `parafac_power_iteration` has
-    neither a seed nor a test of convergence.)
+    only falls and no weight exceeds ||X||. The terms for R are among those for R + 1. Terms cannot
+    grow against each other as in alternating least squares; in return the terms of a tensor that
+    is not orthogonally decomposable are not recovered, and the error at equal R is greater.
+    (`tensorly`'s `parafac_power_iteration` has neither a seed nor a test of convergence.)
 
     Args:
         x: (n_1 .. n_d).
@@ -60,11 +60,11 @@ def cp_tpm(
         )
     u = Unfolded.of(x.unsqueeze(0))
     residual = Unfolded(u.matrix.clone(), u.order, u.sizes)
-    starts = normal_columns(u.sizes, n_repeat * rank, 1, seed)
+    generator = torch.Generator().manual_seed(seed)
     weights, terms = [], []
-    for r in range(rank):
-        columns = slice(r * n_repeat, (r + 1) * n_repeat)
-        lam, term = _best_term(residual, [f[:, :, columns] for f in starts], tol, max_iter)
+    for _ in range(rank):
+        starts = normal_columns(u.sizes, n_repeat, 1, generator)
+        lam, term = _best_term(residual, starts, tol, max_iter)
         weights.append(lam)
         terms.append(term)
         *others, last = term

@@ -143,9 +143,10 @@ class Unfolded:
         factors[longest] = update(longest, product)
 
 
-def normal_columns(sizes: Sequence[int], rank: int, batch: int, seed: int) -> list[Tensor]:
+def normal_columns(
+    sizes: Sequence[int], rank: int, batch: int, generator: torch.Generator
+) -> list[Tensor]:
     """Random columns of length 1, one (batch, n_m, rank) per mode."""
-    generator = torch.Generator().manual_seed(seed)
     drawn = [
         torch.randn(batch, n, rank, dtype=torch.float64, generator=generator) for n in sizes
     ]
