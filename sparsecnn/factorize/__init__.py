@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from . import methods  # noqa: F401
 from .api import Factorize, NoGain, factorize
+from .circulant import CompactMaps, compact_maps_
 from .collect import collect_moments
 from .global_ranks import PCAEnergyGlobal, Sensitivity
 from .latency import Latency
 from .method import METHODS, Factors, Method, Stage, register_method
 from .methods.cp import CP, CPNLS, CPTPM
+from .methods.dct import DCT
+from .methods.denton import BiclusterOuter, BiclusterSVD, Monochromatic
 from .methods.jaderberg import Jaderberg1, Jaderberg2
 from .methods.svd import FCSVD, VH, ChannelSVD
 from .methods.tucker import Tucker2, Tucker4
@@ -24,12 +27,18 @@ from .problem import LayerProblem, UnsupportedLayer
 from .ranks import Energy, Fixed, GlobalPolicy, ParamRatio, RankPolicy, Ratio, TargetSpeedup
 from .reconstruct import reconstruct_
 from .report import FactorizeReport, LayerReport
+from .variational import EVBMF, kim
 
 __all__ = [
+    "BiclusterOuter",
+    "BiclusterSVD",
     "CP",
     "CPNLS",
     "CPTPM",
     "ChannelSVD",
+    "CompactMaps",
+    "DCT",
+    "EVBMF",
     "Energy",
     "FCSVD",
     "Factorize",
@@ -45,6 +54,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Moments",
+    "Monochromatic",
     "NoGain",
     "PCAEnergyGlobal",
     "ParamRatio",
@@ -59,8 +69,10 @@ __all__ = [
     "VH",
     "Zhang",
     "collect_moments",
+    "compact_maps_",
     "factorize",
     "factorize_",
+    "kim",
     "reconstruct_",
     "register_method",
 ]

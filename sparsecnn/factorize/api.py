@@ -14,7 +14,7 @@ from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear
 from .assemble import assemble
 from .method import Factors, Method, chain_macs, chain_params, method_of
 from .problem import LayerProblem, UnsupportedLayer
-from .ranks import GlobalPolicy, Rank, policy_of
+from .ranks import Rank, RankPolicy, policy_of
 
 if TYPE_CHECKING:
     from .moments import Moments
@@ -80,7 +80,7 @@ class Factorize:
         method = method_of(self.method)
         check_layer(p, method)
         policy = policy_of(self.rank)
-        if isinstance(policy, GlobalPolicy):
+        if not isinstance(policy, RankPolicy):
             raise ValueError(
                 f"factorize: {p.name}: expected rank of one layer, got {type(policy).__name__}, "
                 "which ranks a network; use factorize_"

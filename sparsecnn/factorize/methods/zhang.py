@@ -55,7 +55,11 @@ class Zhang(Method):
     nonlinear: bool = True
     variant: Variant = "2d"
     name: ClassVar[str] = "zhang"
-    needs_data: ClassVar[bool] = True
+
+    @property
+    def needs_data(self) -> bool:
+        """It works on responses."""
+        return True
 
     def __post_init__(self) -> None:
         if not isinstance(self.nonlinear, bool):
