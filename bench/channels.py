@@ -1,12 +1,14 @@
 """Which architectures can lose 30 % of their filters: `python bench/channels.py --json FILE`.
 
 Every network has random weights: what is asked is whether the couplings are found and the removal
-proven, not what accuracy stays. A refusal is a row with its reason.
+proven, not what accuracy stays. A refusal is a row with its reason. With `--rounding` it times what
+multiples of `round_to` are worth instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import sys
@@ -24,12 +26,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.run import commit
-from sparsecnn.measure import environment
+from sparsecnn.measure import count_macs, environment, time_interleaved
 from sparsecnn.prune import Magnitude
 from sparsecnn.prune.channels import prune_channels_
 from tests.models import prepare_torchvision
 
 SPARSITY = 0.3
+ROUNDINGS = (1, 8, 16)
+ROUNDED = ("resnet18", "resnet50", "vgg11", "mobilenet_v2")
 TORCHVISION = (
     "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11 vgg16_bn densenet121 mobilenet_v2 "
     "mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s inception_v3 "
@@ -132,6 +136,41 @@ def sweep_one(source: str, name: str) -> dict[str, Any]:
     return row
 
 
+def measure_rounding(name: str) -> dict[str, Any]:
+    """Time a network pruned with several values of `round_to`, interleaved, for one image.
+
+    Args:
+        name: of a torchvision architecture.
+    """
+    x = torch.randn(1, 3, 224, 224)
+    models: dict[str, nn.Module] = {}
+    for rounded in ROUNDINGS:
+        torch.manual_seed(0)
+        model = build("torchvision", name).eval()
+        if not models:
+            models["dense"] = copy.deepcopy(model)
+        config = Magnitude(sparsity=SPARSITY, granularity="filter")
+        prune_channels_(model, x, config, round_to=rounded)
+        models[str(rounded)] = model
+    placed = {}
+    for label, model in models.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            network = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+            data = x.contiguous(memory_format=layout)
+            placed[f"{label} {layout}"] = lambda m=network, d=data: m(d)  # type: ignore[misc]
+    stats = time_interleaved(placed, runs=40, warmup=5)
+    found: dict[str, Any] = {"architecture": name}
+    for label, model in models.items():
+        mine = [value for key, value in stats.items() if key.split()[0] == label]
+        best = min(mine, key=lambda value: value.median_s)
+        found[label] = {
+            "ms": best.median_s * 1e3,
+            "iqr_ms": best.iqr_s * 1e3,
+            "macs": count_macs(model, x).dense_macs,
+        }
+    return found
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal.
 
@@ -162,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="bench/channels.py", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument(
+        "--rounding", action="store_true", help="time values of round_to instead of the sweep"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
@@ -170,16 +212,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("expected torchvision and timm to be installed, got none; pip install timm")
     jobs = [("torchvision", n) for n in TORCHVISION] + [("timm", n) for n in TIMM]
     rows = []
+    if options.rounding:
+        torch.set_num_threads(1)
+        jobs = []
+        for name in options.only or ROUNDED:
+            rows.append(measure_rounding(name))
+            print(json.dumps(rows[-1]), flush=True)
     for source, name in jobs:
         if options.only and name not in options.only:
             continue
         rows.append(sweep_one(source, name))
         print(f"{source} {name}: {rows[-1]['reason'] or 'ok'}", flush=True)
         gc.collect()  # graphs of the tracer hold their networks in cycles
-    Console(width=160).print(table(rows))
+    if not options.rounding:
+        Console(width=160).print(table(rows))
     if options.json is not None:
         result = {
-            "suite": "channels",
+            "suite": "rounding" if options.rounding else "channels",
             "commit": commit(),
             "environment": environment(),
             "settings": {"sparsity": SPARSITY, "importance": "magnitude"},

@@ -29,7 +29,8 @@ import sparsecnn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.pruning_methods import METHODS, Context, Method, accuracy_of, dense_networks
+from bench.digits_training import Context, accuracy_of, dense_networks
+from bench.pruning_methods import METHODS, NETWORKS, Method
 from bench.run import commit
 from sparsecnn.demo import compare_latency
 from sparsecnn.measure import count_macs, environment, model_size
@@ -113,7 +114,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the table; exit status 1 if a method loses more than it may."""
+    """Run the table; exit status 1 if a method loses more, or removes less, than it should."""
     parser = argparse.ArgumentParser(prog="bench/pruning.py", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
     parser.add_argument("--methods", nargs="*", choices=[m.name for m in METHODS])
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=140)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        context = Context(seed, dense_networks(seed))
+        context = Context(seed, dense_networks(NETWORKS, seed))
         for method in chosen:
             row = measure(method, context, options.batch)
             rows.append(row)
@@ -150,6 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop = row["accuracy_dense"] - row["accuracy"]
         if drop > method.may_lose:
             failed.append(f"{method.name} lost {drop:.3f}, at most {method.may_lose} is allowed")
+        if row["zeros"] < method.zeros - 0.005:
+            failed.append(f"{method.name} has {row['zeros']:.1%} zeros, not {method.zeros:.0%}")
+        if row["size_ratio"] < method.smaller:
+            failed.append(f"{method.name}: {row['size_ratio']:.1f}x smaller, not {method.smaller}x")
+        if row["macs_share"] > method.macs + 0.005:
+            failed.append(f"{method.name} has {row['macs_share']:.1%} MACs, not {method.macs:.0%}")
     console.print(table)
     if options.json is not None:
         data = {

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch import nn
 
-from sparsecnn.data import Digits, DigitsNet, ResDigitsNet, digits
-from sparsecnn.measure import accuracy
+from bench.digits_training import (
+    BATCH,
+    EPOCHS,
+    RATE,
+    Context,
+    accuracy_of,
+    example,
+    fit,
+    steps_per_epoch,
+)
+from sparsecnn.data import DigitsNet, ResDigitsNet
 from sparsecnn.nn import WinogradReLUConv2d
 from sparsecnn.prune import (
     Batches,
@@ -22,6 +27,7 @@ from sparsecnn.prune import (
     Polynomial,
     Pruner,
     Target,
+    Threshold,
     find_targets,
     fold_gates_,
     recipes,
@@ -62,31 +68,6 @@ def winograd() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plain": DigitsNet, "wide": wide, "winograd": winograd, "residual": ResDigitsNet,
 }  # fmt: skip
-BATCH = 64
-EPOCHS = 20
-RATE = 0.05
-
-
-@dataclass
-class Context:
-    """What a method works with.
-
-    Attributes:
-        seed: of the split, the weights and the order of the images.
-        networks: the trained dense networks by name.
-        data: images (N, 1, 8, 8) in three parts.
-    """
-
-    seed: int
-    networks: dict[str, nn.Module]
-    data: Digits = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.data = digits(8, self.seed)
-
-    def dense(self, network: str) -> nn.Module:
-        """A copy of a trained network."""
-        return copy.deepcopy(self.networks[network]).eval()
 
 
 @dataclass(frozen=True)
@@ -99,6 +80,9 @@ class Method:
         network: of `NETWORKS`.
         run: gives the pruned network.
         may_lose: accuracy that the mean over the seeds may lose, as a share.
+        zeros: that the mean must have at least, as a share.
+        macs: that the mean may have at most, as a share of the dense network's.
+        smaller: times that the file must be smaller at least.
         save: writes the file; None for `sparsecnn.save` of the materialized network.
     """
 
@@ -107,68 +91,10 @@ class Method:
     network: str
     run: Callable[[Context], nn.Module]
     may_lose: float
+    zeros: float = 0.0
+    macs: float = 1.0
+    smaller: float = 1.0
     save: Callable[[nn.Module, Path], None] | None = None
-
-
-def accuracy_of(model: nn.Module, part: TensorDataset) -> float:
-    """Top-1 accuracy in [0, 1]."""
-    return float(accuracy(model, [part.tensors])["top1"])
-
-
-def fit(
-    model: nn.Module,
-    data: Digits,
-    seed: int,
-    epochs: int = EPOCHS,
-    pruner: Pruner | None = None,
-    rate: float = RATE,
-) -> nn.Module:
-    """Train with SGD and a one-cycle rate; a pruner runs along."""
-    images, labels = data.train.tensors
-    named = list(model.named_parameters())
-    gates = [p for name, p in named if name.endswith("log_alpha")]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if not name.endswith("log_alpha")], "lr": rate},
-    ]
-    if gates:  # they move on the scale of 1, and have a few hundred steps
-        groups.append({"params": gates, "lr": 20 * rate, "momentum": 0.0, "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=5e-4)
-    if pruner is not None:
-        pruner.attach(optimizer)
-    plan = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in groups],
-        total_steps=epochs * steps_per_epoch(data),
-        cycle_momentum=False,
-    )
-    source = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=source).split(BATCH):
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(images[rows]), labels[rows])
-            if pruner is not None:
-                loss = loss + pruner.penalty()
-            loss.backward()
-            optimizer.step()
-            plan.step()
-    return model.eval()
-
-
-def steps_per_epoch(data: Digits) -> int:
-    """Optimizer steps of one pass over the training images."""
-    return -(-len(data.train) // BATCH)
-
-
-def dense_networks(seed: int) -> dict[str, nn.Module]:
-    """The trained networks of one seed."""
-    data = digits(8, seed)
-    trained = {}
-    for name, make in NETWORKS.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            trained[name] = fit(make(), data, seed)
-    return trained
 
 
 def tuned(
@@ -194,11 +120,6 @@ def on_validation(context: Context) -> Callable[[nn.Module], float]:
     return lambda model: accuracy_of(model, context.data.val)
 
 
-def example(context: Context) -> Tensor:
-    """One image."""
-    return context.data.train.tensors[0][:1]
-
-
 def _unit_bias(context: Context) -> nn.Module:
     at = 14 * steps_per_epoch(context.data)
     return tuned(
@@ -210,7 +131,7 @@ def _collins(context: Context) -> nn.Module:
     model = context.dense("plain")
     full = sum(csr_bytes(t, t.dense.numel()) for t in find_targets(model))
     pruner = recipes.collins(
-        model, on_validation(context), full // 6, lam=1e-4, grid=(1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+        model, on_validation(context), full // 8, lam=1e-4, grid=(1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
     )
     pruner.step()
     fit(model, context.data, context.seed + 100, pruner=pruner)
@@ -219,20 +140,20 @@ def _collins(context: Context) -> nn.Module:
 
 def _iht(context: Context) -> nn.Module:
     epoch = steps_per_epoch(context.data)
-    return tuned(context, "plain", lambda m: recipes.iht(m, 0.85, 4 * epoch, 2 * epoch, 2))
+    return tuned(context, "plain", lambda m: recipes.iht(m, 0.88, 4 * epoch, 2 * epoch, 2))
 
 
 def _less_is_more(context: Context) -> nn.Module:
-    at = 12 * steps_per_epoch(context.data)
+    at = 10 * steps_per_epoch(context.data)
     return tuned(
         context, "plain",
-        lambda m: recipes.less_is_more(m, 0.5, at, example_inputs=example(context)),
+        lambda m: recipes.less_is_more(m, 1.5, at, example_inputs=example(context)),
     )  # fmt: skip
 
 
 def _ssl(context: Context) -> nn.Module:
-    at = 10 * steps_per_epoch(context.data)
-    return tuned(context, "residual", lambda m: recipes.ssl(m, 1.3, at))
+    at = 12 * steps_per_epoch(context.data)
+    return tuned(context, "residual", lambda m: recipes.ssl(m, 1.8, at), 30)
 
 
 def _group_brain_damage(context: Context) -> nn.Module:
@@ -244,25 +165,35 @@ def _group_brain_damage(context: Context) -> nn.Module:
 
 
 def _l0(context: Context) -> nn.Module:
-    at = 12 * steps_per_epoch(context.data)
-    model = context.dense("plain")
+    # Gates are noise that batch norm learns to expect: they are folded before the fine-tuning.
+    at = EPOCHS * steps_per_epoch(context.data) - 1
+    model = context.dense("residual")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        pruner = recipes.l0(model, 9e-4, at, example(context))
+        pruner = recipes.l0(model, 1.35e-3, at, example(context), targets=_makers(model))
         fit(model, context.data, context.seed + 100, pruner=pruner)
-    return fold_gates_(pruner.finalize()).eval()
+    model = fold_gates_(pruner.finalize())
+    shut = Pruner(
+        model,
+        importance=Magnitude(granularity="filter"),
+        selector=Threshold(0.0),
+        targets=_makers(model),
+        example_inputs=example(context),
+    )
+    fit(model, context.data, context.seed + 200, pruner=shut)
+    return shut.finalize().eval()
 
 
 def _obd(context: Context) -> nn.Module:
     every = 4 * steps_per_epoch(context.data)
-    return tuned(context, "plain", lambda m: recipes.obd(m, 0.85, batches(context), every=every))
+    return tuned(context, "plain", lambda m: recipes.obd(m, 0.88, batches(context), every=every))
 
 
 def _obs(context: Context) -> nn.Module:
     model = context.dense("plain")
     images, labels = context.data.train.tensors
     few = Batches([(images[:256], labels[:256])])
-    pruner = recipes.obs(model, 0.7, few)
+    pruner = recipes.obs(model, 0.72, few)
     pruner.step()
     return pruner.finalize().eval()
 
@@ -270,7 +201,7 @@ def _obs(context: Context) -> nn.Module:
 def _fisher(context: Context) -> nn.Module:
     return tuned(
         context, "residual",
-        lambda m: recipes.fisher(m, 0.4, batches(context), example_inputs=example(context)),
+        lambda m: recipes.fisher(m, 0.57, batches(context), example_inputs=example(context)),
     )  # fmt: skip
 
 
@@ -278,7 +209,7 @@ def _apoz(context: Context) -> nn.Module:
     every = 4 * steps_per_epoch(context.data)
     return tuned(
         context, "plain",
-        lambda m: recipes.apoz(m, batches(context), rounds=3, every=every,
+        lambda m: recipes.apoz(m, batches(context), rounds=2, every=every,
                                example_inputs=example(context)),
     )  # fmt: skip
 
@@ -287,7 +218,7 @@ def _han(context: Context) -> nn.Module:
     # The spread of what survives grows: the same quality drops more in each of three rounds.
     every = 4 * steps_per_epoch(context.data)
     return tuned(
-        context, "plain", lambda m: recipes.han(m, 1.35, fractions=(0.4, 0.7, 1.0), every=every)
+        context, "plain", lambda m: recipes.han(m, 1.45, fractions=(0.4, 0.7, 1.0), every=every)
     )
 
 
@@ -312,7 +243,7 @@ def _data_free(context: Context) -> nn.Module:
 
 def _dns(context: Context) -> nn.Module:
     stop = 12 * steps_per_epoch(context.data)
-    return tuned(context, "plain", lambda m: recipes.dns(m, 1.5, 1e-3, stop=stop))
+    return tuned(context, "plain", lambda m: recipes.dns(m, 2.85, 1e-3, stop=stop), 30)
 
 
 def _winograd_relu(context: Context) -> nn.Module:
@@ -323,15 +254,16 @@ def _winograd_relu(context: Context) -> nn.Module:
 def _lasso_channel(context: Context) -> nn.Module:
     model = context.dense("residual")
     data = batches(context, context.dense("residual"))
-    pruner = recipes.lasso_channel(model, 0.3, data, targets=_inner(model))
+    pruner = recipes.lasso_channel(model, 0.55, data, targets=_inner(model))
     pruner.step()
+    fit(model, context.data, context.seed + 100, pruner=pruner)
     return pruner.finalize().eval()
 
 
 def _l1_filters(context: Context) -> nn.Module:
     return tuned(
         context, "residual",
-        lambda m: recipes.l1_filters(m, 0.4, example_inputs=example(context), targets=_makers(m)),
+        lambda m: recipes.l1_filters(m, 0.55, example_inputs=example(context), targets=_makers(m)),
     )  # fmt: skip
 
 
@@ -339,7 +271,7 @@ def _thinet(context: Context) -> nn.Module:
     model = context.dense("residual")
     data = batches(context, context.dense("residual"))
     every = 4 * steps_per_epoch(context.data)
-    pruner = recipes.thinet(model, 0.5, data, every=every, targets=_inner(model))
+    pruner = recipes.thinet(model, 0.55, data, every=every, targets=_inner(model))
     fit(model, context.data, context.seed + 100, pruner=pruner)
     return pruner.finalize().eval()
 
@@ -373,27 +305,28 @@ def _inner(model: nn.Module) -> list[Target]:
 
 
 METHODS = (
-    Method("unit_bias", "Hanson & Pratt 1988", "plain", _unit_bias, 0.02),
-    Method("collins", "Collins & Kohli 2014", "plain", _collins, 0.02),
-    Method("iht", "Jin et al. 2016", "plain", _iht, 0.02),
-    Method("less_is_more", "Zhou et al. 2016", "plain", _less_is_more, 0.02),
-    Method("ssl", "Wen et al. 2016", "residual", _ssl, 0.02),
-    Method("group_brain_damage", "Lebedev & Lempitsky 2016", "plain", _group_brain_damage, 0.02),
-    Method("l0", "Louizos et al. 2018", "plain", _l0, 0.02),
-    Method("obd", "LeCun et al. 1989", "plain", _obd, 0.02),
-    Method("obs", "Hassibi & Stork 1992", "plain", _obs, 0.02),
-    Method("fisher", "Theis et al. 2018", "residual", _fisher, 0.02),
-    Method("apoz", "Hu et al. 2016", "plain", _apoz, 0.02),
-    Method("han", "Han et al. 2015", "plain", _han, 0.02),
+    Method("unit_bias", "Hanson & Pratt 1988", "plain", _unit_bias, 0.01),
+    Method("collins", "Collins & Kohli 2014", "plain", _collins, 0.01, zeros=0.85),
+    Method("iht", "Jin et al. 2016", "plain", _iht, 0.015, zeros=0.85),
+    Method("less_is_more", "Zhou et al. 2016", "plain", _less_is_more, 0.01, macs=0.55),
+    Method("ssl", "Wen et al. 2016", "residual", _ssl, 0.01, macs=0.5),
+    Method("group_brain_damage", "Lebedev & Lempitsky 2016", "plain", _group_brain_damage, 0.01),
+    Method("l0", "Louizos et al. 2018", "residual", _l0, 0.01, macs=0.5),
+    Method("obd", "LeCun et al. 1989", "plain", _obd, 0.01, zeros=0.85),
+    Method("obs", "Hassibi & Stork 1992", "plain", _obs, 0.02, zeros=0.7),
+    Method("fisher", "Theis et al. 2018", "residual", _fisher, 0.01, macs=0.5),
+    Method("apoz", "Hu et al. 2016", "plain", _apoz, 0.01, macs=0.5),
+    Method("han", "Han et al. 2015", "plain", _han, 0.01, zeros=0.85),
     Method(
-        "deep_compression", "Han et al. 2016", "plain", _deep_compression, 0.02, save_compressed
+        "deep_compression", "Han et al. 2016", "plain", _deep_compression, 0.015,
+        smaller=12.0, save=save_compressed,
     ),
     Method("data_free", "Srinivas & Babu 2015", "wide", _data_free, 0.01),
-    Method("dns", "Guo et al. 2016", "plain", _dns, 0.02),
-    Method("winograd_relu", "Liu et al. 2018", "winograd", _winograd_relu, 0.02),
-    Method("lasso_channel", "He et al. 2017", "residual", _lasso_channel, 0.02),
-    Method("l1_filters", "Li et al. 2017", "residual", _l1_filters, 0.02),
-    Method("thinet", "Luo et al. 2017", "residual", _thinet, 0.02),
-    Method("random_masks", "Anwar & Sung 2016", "plain", _random_masks, 0.03),
-    Method("2:4", "Mishra et al. 2021", "plain", _nm, 0.02),
+    Method("dns", "Guo et al. 2016", "plain", _dns, 0.01, zeros=0.85),
+    Method("winograd_relu", "Liu et al. 2018", "winograd", _winograd_relu, 0.01),
+    Method("lasso_channel", "He et al. 2017", "residual", _lasso_channel, 0.01, macs=0.5),
+    Method("l1_filters", "Li et al. 2017", "residual", _l1_filters, 0.01, macs=0.5),
+    Method("thinet", "Luo et al. 2017", "residual", _thinet, 0.01, macs=0.5),
+    Method("random_masks", "Anwar & Sung 2016", "plain", _random_masks, 0.01),
+    Method("2:4", "Mishra et al. 2021", "plain", _nm, 0.01),
 )

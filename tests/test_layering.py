@@ -17,14 +17,15 @@ PACKAGE = ROOT / "sparsecnn"
 # here with an empty set.
 MAY_IMPORT: dict[str, set[str]] = {
     "_library": set(),
+    "_models": set(),
     "_codec": set(),
     "formats": set(),
-    "measure": set(),
+    "measure": {"_models"},
     "distill": set(),
     "ops": {"formats", "_library"},
     "nn": {"ops", "formats"},
-    "prune": {"nn", "measure"},
-    "factorize": {"nn", "measure"},
+    "prune": {"_models", "nn", "measure"},
+    "factorize": {"_models", "nn", "measure"},
     "blocks": {"nn"},
     "rewrite": {"blocks", "factorize", "nn"},
     "storage": {"nn", "formats", "_codec"},

@@ -9,32 +9,70 @@ from __future__ import annotations
 
 from . import methods  # noqa: F401
 from .api import Factorize, NoGain, factorize
+from .circulant import CompactMaps, compact_maps_
+from .collect import collect_moments
+from .global_ranks import PCAEnergyGlobal, Sensitivity
+from .latency import Latency
 from .method import METHODS, Factors, Method, Stage, register_method
+from .methods.cp import CP, CPNLS, CPTPM
+from .methods.dct import DCT
+from .methods.denton import BiclusterOuter, BiclusterSVD, Monochromatic
+from .methods.jaderberg import Jaderberg1, Jaderberg2
 from .methods.svd import FCSVD, VH, ChannelSVD
 from .methods.tucker import Tucker2, Tucker4
+from .methods.zhang import Zhang
+from .model import factorize_
+from .moments import Moments
 from .problem import LayerProblem, UnsupportedLayer
-from .ranks import Energy, Fixed, ParamRatio, RankPolicy, Ratio, TargetSpeedup
+from .ranks import Energy, Fixed, GlobalPolicy, ParamRatio, RankPolicy, Ratio, TargetSpeedup
+from .reconstruct import reconstruct_
+from .report import FactorizeReport, LayerReport
+from .variational import EVBMF, kim
 
 __all__ = [
-    "FCSVD",
-    "METHODS",
-    "VH",
+    "BiclusterOuter",
+    "BiclusterSVD",
+    "CP",
+    "CPNLS",
+    "CPTPM",
     "ChannelSVD",
+    "CompactMaps",
+    "DCT",
+    "EVBMF",
     "Energy",
+    "FCSVD",
     "Factorize",
+    "FactorizeReport",
     "Factors",
     "Fixed",
+    "GlobalPolicy",
+    "Jaderberg1",
+    "Jaderberg2",
+    "Latency",
     "LayerProblem",
+    "LayerReport",
+    "METHODS",
     "Method",
+    "Moments",
+    "Monochromatic",
     "NoGain",
+    "PCAEnergyGlobal",
     "ParamRatio",
     "RankPolicy",
     "Ratio",
+    "Sensitivity",
     "Stage",
     "TargetSpeedup",
     "Tucker2",
     "Tucker4",
     "UnsupportedLayer",
+    "VH",
+    "Zhang",
+    "collect_moments",
+    "compact_maps_",
     "factorize",
+    "factorize_",
+    "kim",
+    "reconstruct_",
     "register_method",
 ]

@@ -14,7 +14,7 @@ from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear
 from .assemble import assemble
 from .method import Factors, Method, chain_macs, chain_params, method_of
 from .problem import LayerProblem, UnsupportedLayer
-from .ranks import RankPolicy, policy_of
+from .ranks import Rank, RankPolicy, policy_of
 
 if TYPE_CHECKING:
     from .moments import Moments
@@ -45,8 +45,8 @@ class Factorize:
         ValueError: an unknown method or a value out of range.
     """
 
-    method: str | Method = "tucker2"
-    rank: RankPolicy | int | tuple[int, ...] = 0
+    method: str | Method
+    rank: Rank
     objective: Objective = "macs"
     min_gain: float = 1.0
     multiple_of: int = 1
@@ -79,7 +79,13 @@ class Factorize:
         """
         method = method_of(self.method)
         check_layer(p, method)
-        return self.rounded(p, policy_of(self.rank).select(p, method))
+        policy = policy_of(self.rank)
+        if not isinstance(policy, RankPolicy):
+            raise ValueError(
+                f"factorize: {p.name}: expected rank of one layer, got {type(policy).__name__}, "
+                "which ranks a network; use factorize_"
+            )
+        return self.rounded(p, policy.select(p, method))
 
     def rounded(self, p: LayerProblem, ranks: tuple[int, ...]) -> tuple[int, ...]:
         """Clamped to [1, full] and rounded down to multiples."""
@@ -142,7 +148,7 @@ def solve(p: LayerProblem, method: Method, ranks: tuple[int, ...], like: Tensor)
 def factorize(
     layer: nn.Module | Tensor,
     method: str | Method,
-    rank: RankPolicy | int | tuple[int, ...],
+    rank: Rank,
     *,
     in_hw: tuple[int, int] | None = None,
     data: Moments | None = None,

@@ -60,11 +60,14 @@ class Method(ABC):
 
     Attributes:
         name: under which it is registered.
-        needs_data: it works on responses: calibration data must be given.
     """
 
     name: ClassVar[str]
-    needs_data: ClassVar[bool] = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it works on responses: calibration data must be given."""
+        return False
 
     @abstractmethod
     def full_ranks(self, p: LayerProblem) -> tuple[int, ...]:

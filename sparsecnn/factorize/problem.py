@@ -36,6 +36,8 @@ class LayerProblem:
         in_hw: size of the input map.
         batch: images at a time.
         linear: the layer is an `nn.Linear`.
+        dtype: of the layer.
+        device: of the layer.
         moments: calibration statistics, None without data.
         seed: of everything random.
         name: of the layer, for messages.
@@ -50,6 +52,8 @@ class LayerProblem:
     in_hw: tuple[int, int] = NOMINAL_HW
     batch: int = 1
     linear: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
     moments: Moments | None = None
     seed: int = 0
     name: str = ""
@@ -91,7 +95,7 @@ class LayerProblem:
         if isinstance(module, nn.Linear):
             return cls(
                 full[None, :, :, None, None], bias, in_hw=(1, 1), batch=batch, linear=True,
-                moments=moments, seed=seed, name=name,
+                dtype=weight.dtype, device=weight.device, moments=moments, seed=seed, name=name,
             )  # fmt: skip
         assert isinstance(module, nn.Conv2d)
         padding: tuple[int, int] | str = (0, 0)
@@ -108,6 +112,8 @@ class LayerProblem:
             module.padding_mode,
             in_hw or NOMINAL_HW,
             batch,
+            dtype=weight.dtype,
+            device=weight.device,
             moments=moments,
             seed=seed,
             name=name,
@@ -192,7 +198,7 @@ class LayerProblem:
         """Equal for layers of equal shape and geometry, whatever their weights."""
         return (
             tuple(self.weight.shape), self.bias is None, self.stride, self.padding, self.dilation,
-            self.padding_mode, self.in_hw, self.batch, self.linear,
+            self.padding_mode, self.in_hw, self.batch, self.linear, self.dtype, self.device,
         )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ Ranks that several layers decide together are in `global_ranks`, ranks by measur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .method import Method, Stage, chain_macs, chain_params
 from .problem import LayerProblem
@@ -23,6 +23,27 @@ class RankPolicy(Protocol):
 
     def select(self, p: LayerProblem, method: Method) -> tuple[int, ...]:
         """Ranks, possibly out of range: `factorize` clamps them to [1, full]."""
+        ...
+
+
+Trial = Callable[[str, tuple[int, ...] | None, Callable[[nn.Module], float]], float]
+
+
+@runtime_checkable
+class GlobalPolicy(Protocol):
+    """Chooses the ranks of all layers of a network together; `factorize_` asks it once."""
+
+    def select_all(
+        self, problems: Mapping[str, LayerProblem], method: Method, trial: Trial
+    ) -> dict[str, tuple[int, ...]]:
+        """Ranks by name.
+
+        Args:
+            problems: the layers by name, in the order of their calls.
+            method: the method.
+            trial: `trial(name, ranks, evaluate)`: what `evaluate(model)` says of the network with
+                that layer alone factorized, or with none where ranks is None.
+        """
         ...
 
 
@@ -230,7 +251,10 @@ def largest_within(
     return ranks_at(p, method, rank / n)
 
 
-def policy_of(rank: RankPolicy | int | tuple[int, ...]) -> RankPolicy:
+Rank = RankPolicy | GlobalPolicy | int | tuple[int, ...]
+
+
+def policy_of(rank: Rank) -> RankPolicy | GlobalPolicy:
     """The policy, or `Fixed` for numbers.
 
     Raises:
@@ -238,7 +262,7 @@ def policy_of(rank: RankPolicy | int | tuple[int, ...]) -> RankPolicy:
     """
     if isinstance(rank, (int, tuple)):
         return Fixed(rank)
-    if not isinstance(rank, RankPolicy) or isinstance(rank, type):
+    if not isinstance(rank, (RankPolicy, GlobalPolicy)) or isinstance(rank, type):
         raise TypeError(
             "factorize: expected rank an integer, a tuple or a policy such as TargetSpeedup(2), "
             f"got {type(rank).__name__ if not isinstance(rank, type) else rank.__name__}"

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating
+
 from ._inputs import check_count, check_model
-from ._modes import evaluating
 
 
 def accuracy(

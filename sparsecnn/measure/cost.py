@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsecnn._models import evaluating
+
 from ._inputs import as_inputs, check_model
-from ._modes import evaluating
 
 
 @dataclass

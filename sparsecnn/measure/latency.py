@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating
+
 from ._inputs import as_inputs, check_count, check_model, check_seconds
-from ._modes import evaluating
 
 # Fewer runs than this give a median that a single disturbance can move; a time budget never
 # pushes the number of runs below it.

@@ -5,9 +5,10 @@ the same parts: granularity (what lives or dies together), importance (what a we
 selection (scores to masks), budget and schedule (how much, when).
 """
 
+from sparsecnn.measure.batchnorm import recalibrate_batchnorm
+
 from . import recipes
 from .api import config_from_dict, config_to_dict, prune, prune_
-from .batchnorm import recalibrate_batchnorm
 from .budget import Budget
 from .calibration import Batches, register_collector
 from .channels import ChannelReport, prune_channels, prune_channels_

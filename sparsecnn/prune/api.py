@@ -8,21 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsecnn._models import refuse_sparse_layers
+
 from .budget import Budget
 from .importance import PruneConfig
 from .mask import fold_foreign_mask, living, zero_dead_
 from .parts import choose_budget, choose_granularity
 from .protocols import Calibration
 from .selection import TopK, plan_masks
-from .targets import (
-    FilterFn,
-    Target,
-    candidate_targets,
-    check_maskable,
-    find_classifier,
-    match,
-    refuse_sparse_layers,
-)
+from .targets import FilterFn, Target, candidate_targets, check_maskable, find_classifier, match
 
 Config = PruneConfig | Mapping[str, PruneConfig | None]
 DEFAULT = "_default"

@@ -21,7 +21,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .targets import Target, evaluating
+from sparsecnn._models import evaluating, progress_bar
+
+from .targets import Target
 
 Batch = tuple[Any, Any]
 LossFn = Callable[[Any, Any], Tensor]
@@ -221,20 +223,6 @@ def _all_evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules:
             stack.enter_context(evaluating(module))
         yield
-
-
-@contextmanager
-def progress_bar(shown: bool, title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, if wanted; the function it yields advances it by one."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
 
 
 def _agreed(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .targets import evaluating, positional
+from sparsecnn._models import evaluating, positional
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from sparsecnn._models import evaluating, positional
+
 from .budget import check_share
 from .calibration import observed
 from .regularization import check_choice, check_number
-from .targets import Target, evaluating, positional
+from .targets import Target
 
 Form = Literal["inverted", "weight_scaling"]
 

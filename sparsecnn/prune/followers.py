@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .targets import Target, evaluating, positional
+from sparsecnn._models import evaluating, positional
+
+from .targets import Target
 
 
 def find_batch_norms(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import refuse_sparse_layers
+
 from .budget import Budget
 from .granularity import NM, Axes, Block, Strided, element, parse
 from .importance import PruneConfig
@@ -24,7 +26,7 @@ from .protocols import (
 from .running import PREFIX
 from .schedule import Polynomial
 from .selection import TopK
-from .targets import Target, check_maskable, refuse_sparse_layers
+from .targets import Target, check_maskable
 
 if TYPE_CHECKING:
     from .pruner import Pruner

@@ -23,11 +23,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating
+
 from .budget import Budget, check_share
 from .granularity import layer
 from .protocols import Granularity, Stats
 from .selection import TopK
-from .targets import Target, evaluating
+from .targets import Target
 
 Evaluate = Callable[[nn.Module], float]
 _LOG = logging.getLogger(__name__)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating, progress_bar, refuse_sparse_layers
+
 from .budget import Budget, check_share
-from .calibration import progress_bar
 from .importance import Magnitude, PruneConfig
 from .mask import living, zero_dead_
 from .parts import choose_granularity
 from .protocols import Calibration
 from .selection import TopK, plan_masks
-from .targets import Target, check_maskable, evaluating, find_targets, refuse_sparse_layers
+from .targets import Target, check_maskable, find_targets
 
 if TYPE_CHECKING:
     from rich.table import Table

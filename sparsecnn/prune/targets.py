@@ -7,10 +7,7 @@ Linear weight W: (O, I) is the same with R = S = 1 and G = 1. A weight in the Wi
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsecnn._models import evaluating, match_names, positional, refuse_sparse_layers
 from sparsecnn.nn.winograd_relu import WinogradReLUConv2d
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -262,23 +260,6 @@ def _call_order(
     return called
 
 
-def positional(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    """The positional arguments of a model from one input tensor or all of them."""
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a forward pass; every module's own flag is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def match(pattern: str, targets: Sequence[Target], what: str) -> list[Target]:
     r"""The targets that a qualified name or "re:<regular expression>" addresses.
 
@@ -291,62 +272,13 @@ def match(pattern: str, targets: Sequence[Target], what: str) -> list[Target]:
         TypeError: `pattern` is not a string.
         ValueError: nothing matches (near matches are listed) or the expression is invalid.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"{what}: expected a layer name, got {pattern!r}")
     names = {alias: t for t in targets for alias in t.aliases}
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(
-                f"{what}: expected a valid regular expression, got {pattern!r} ({error})"
-            ) from None
-        found = [t for t in targets if any(expression.fullmatch(a) for a in t.aliases)]
-        if not found:
-            raise ValueError(
-                f"{what}: expected a pattern that matches a layer in full, got {pattern!r}; "
-                f"{_near(pattern[3:], names)}"
-            )
-        return found
-    if pattern not in names:
-        raise ValueError(
-            f"{what}: expected the name of a prunable layer, got {pattern!r}; "
-            f"{_near(pattern, names)}"
-        )
-    return [names[pattern]]
+    found = match_names(pattern, names, what, "a prunable layer")
+    return list(dict.fromkeys(names[name] for name in found))
 
 
-def _near(name: str, names: Mapping[str, Target]) -> str:
-    """Remedy for an unknown name: inner layers of a block, close spellings, or all names."""
-    inner = [known for known in names if known.startswith(f"{name}.")]
-    if inner:
-        return f"it is a block, use 're:{re.escape(name)}\\..*' for its {len(inner)} layers"
-    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    if close:
-        return "did you mean " + ", ".join(repr(known) for known in close) + "?"
-    some = list(names)[:8]
-    rest = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
-    return "known layers: " + ", ".join(repr(known) for known in some) + rest
 
 
-def refuse_sparse_layers(model: nn.Module, what: str) -> None:
-    """Refuse a model whose layers were already swapped for sparse ones.
-
-    Raises:
-        ValueError: a module's class has a true attribute `is_sparsecnn_layer`; pruning must come
-            before the kernel swap, because such a layer's index arrays are fixed.
-    """
-    swapped = [
-        f"{name or '(model)'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if getattr(type(module), "is_sparsecnn_layer", False)
-    ]
-    if swapped:
-        shown = ", ".join(swapped[:5]) + (", ..." if len(swapped) > 5 else "")
-        raise ValueError(
-            f"{what}: expected model without swapped sparse layers, got {len(swapped)}: {shown}; "
-            "call sc.densify(model) first"
-        )
 
 
 def check_maskable(target: Target, what: str) -> None:

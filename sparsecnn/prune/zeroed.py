@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating, positional, refuse_sparse_layers
+
 from .channels import (
     ChannelReport,
     Coupled,
@@ -30,7 +32,6 @@ from .channels import (
     coupled_groups,
 )
 from .surgery import Plan, apply_plan
-from .targets import evaluating, positional, refuse_sparse_layers
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 from sparsecnn.prune import Magnitude, prune_
-from sparsecnn.prune.batchnorm import recalibrate_batchnorm
 
 from .nets import digits_net, run_two_ranks
 

@@ -157,6 +157,11 @@ def test_ties_floor_round_to_and_global():
     assert small[0].bias.tolist() == list(range(14)) and small[1].out_channels == 8
     lanes, _ = prune_channels(model, x, chosen, round_to=8)
     assert (lanes[0].out_channels, lanes[1].out_channels) == (16, 8)
+    wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.Conv2d(64, 2, 1))
+    by_itself, _ = prune_channels(wide, x, {"0": c})
+    assert by_itself[0].out_channels == 48  # of 45: whole vectors pay in wide layers
+    every, _ = prune_channels(wide, x, {"0": c}, round_to=1)
+    assert every[0].out_channels == 45
     everything = Magnitude(sparsity=1.0, scope="global")
     floor, _ = prune_channels(model, x, {"0": everything, "1": everything})
     assert (floor[0].out_channels, floor[1].out_channels) == (1, 1)

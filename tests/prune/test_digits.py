@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsecnn import data
 from sparsecnn.prune import (
     LAMP,
     OBD,
@@ -180,3 +181,30 @@ def test_gradual_pruning_recovers_what_one_shot_loses(trained, digits):
         assert entry.element == pytest.approx(0.9, abs=0.5 / entry.elements + 1e-9)
     assert accuracy(model, digits) >= dense - 0.02
     assert accuracy(model, digits) > accuracy(at_once, digits)
+
+
+@pytest.mark.parametrize(("name", "options"), [("lasso_channel", {}), ("thinet", {"every": 1})])
+def test_reconstruction_beats_dropping_filters_without_finetuning(digits, name, options):
+    x, y, _, _ = digits
+    dense = data.ResDigitsNet()
+    fit(dense, digits, 8)
+
+    def pruned(make):
+        model = copy.deepcopy(dense).eval()
+        pruner = make(model)
+        for _ in range(2):  # ThiNet goes from layer to layer
+            pruner.step()
+        return accuracy(pruner.finalize(), digits)
+
+    def inner(model, layer):
+        return find_targets(model, filter_fn=lambda _, n: n.endswith(layer))
+
+    batches = Batches([(x[:512], y[:512])], reference=copy.deepcopy(dense).eval())
+    # The channels that the second convolution of a block reads are the filters of the first one.
+    refitted = pruned(
+        lambda m: getattr(recipes, name)(m, 0.3, batches, targets=inner(m, "conv2"), **options)
+    )
+    dropped = pruned(
+        lambda m: recipes.l1_filters(m, 0.3, example_inputs=x[:1], targets=inner(m, "conv1"))
+    )
+    assert refitted > dropped + 0.05

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from . import dct, svd, tucker  # noqa: F401
+from . import cp, dct, denton, jaderberg, svd, tucker, zhang  # noqa: F401

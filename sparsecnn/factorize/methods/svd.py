@@ -9,14 +9,41 @@ from torch import Tensor
 
 from ..method import Factors, Method, Stage, register_method
 from ..problem import LayerProblem, UnsupportedLayer
+from ..solvers.response import whitened_svd
 from ..solvers.svd import svd_truncate, vh_closed_form, vh_matrix
 
 Side = Literal["out", "in"]
+Metric = Literal["weight", "cov"]
 Order = Literal["vh", "hv"]
 
 
 @dataclass(frozen=True)
-class ChannelSVD(Method):
+class _Matrix(Method):
+    """A method that cuts off the SVD of one matrix, in the metric of the weights or of the data."""
+
+    metric: Metric = "weight"
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("weight", "cov"):
+            raise ValueError(
+                f"{type(self).__name__}: expected metric 'weight' or 'cov', got {self.metric!r}"
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """With metric "cov"."""
+        return self.metric == "cov"
+
+    def _factors(self, p: LayerProblem, rank: int, group: int) -> tuple[Tensor, Tensor]:
+        matrix = self.unfoldings(p, group)[0]
+        if self.metric == "cov":
+            assert p.moments is not None
+            return whitened_svd(matrix, p.moments.cov_in()[group], rank)
+        return svd_truncate(matrix, rank)[:2]
+
+
+@dataclass(frozen=True)
+class ChannelSVD(_Matrix):
     """A kernel with fewer filters, then a 1x1 convolution: ``W.reshape(T, -1) = U S V^T``.
 
     Side "out": R filters kh x kw that carry stride, padding and dilation, then 1x1 R -> T. MACs
@@ -24,6 +51,8 @@ class ChannelSVD(Method):
     kh x kw R -> T, full rank min(S, T kh kw). Also known as Tucker-1.
 
     Attributes:
+        metric: "cov" minimizes the error of the responses to calibration data instead of that of
+            the weights (Denton et al., NIPS 2014), side "out" only.
         side: "out" or "in".
     """
 
@@ -31,8 +60,11 @@ class ChannelSVD(Method):
     name: ClassVar[str] = "channel_svd"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.side not in ("out", "in"):
             raise ValueError(f"ChannelSVD: expected side 'out' or 'in', got {self.side!r}")
+        if self.side == "in" and self.metric == "cov":
+            raise ValueError("ChannelSVD: expected metric 'weight' with side 'in', got 'cov'")
 
     def full_ranks(self, p: LayerProblem) -> tuple[int, ...]:
         """The smaller size of the unfolding."""
@@ -54,7 +86,7 @@ class ChannelSVD(Method):
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """The truncated SVD."""
         (rank,) = ranks
-        left, right, _ = svd_truncate(self.unfoldings(p, group)[0], rank)
+        left, right = self._factors(p, rank, group)
         if self.side == "out":
             first = right.reshape(rank, p.S, p.kh, p.kw)
             return Factors([first, left[:, :, None, None]])
@@ -113,11 +145,14 @@ class VH(Method):
 
 
 @dataclass(frozen=True)
-class FCSVD(Method):
+class FCSVD(_Matrix):
     """A linear layer as two: ``W = U S V^T`` cut off after R singular values.
 
     R (I + O) weights, full rank min(O, I) (Denton, Zaremba, Bruna, LeCun, Fergus, "Exploiting
     linear structure within convolutional networks for efficient evaluation", NIPS 2014).
+
+    Attributes:
+        metric: "cov" minimizes the error of the responses to calibration data.
     """
 
     name: ClassVar[str] = "fc_svd"
@@ -143,7 +178,7 @@ class FCSVD(Method):
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """The truncated SVD."""
-        left, right, _ = svd_truncate(self.unfoldings(p, group)[0], ranks[0])
+        left, right = self._factors(p, ranks[0], group)
         return Factors([right[:, :, None, None], left[:, :, None, None]])
 
 

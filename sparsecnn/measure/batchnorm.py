@@ -1,6 +1,6 @@
-"""Batch norm statistics measured anew: pruning changes the activations they describe.
+"""Batch norm statistics measured anew: pruning and factorization change what they describe.
 
-A pruned network with the running means and variances of the dense one loses accuracy that no
+A compressed network with the running means and variances of the dense one loses accuracy that no
 weight is to blame for; a pass over some training data gives it back without training.
 """
 
@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .targets import evaluating
+from sparsecnn._models import evaluating
 
 
 @torch.no_grad()

@@ -1,0 +1,333 @@
+"""``factorize_``: whole networks, at once or layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnn._models import evaluating, progress_bar
+from sparsecnn.measure.batchnorm import recalibrate_batchnorm
+from sparsecnn.nn._common import inherit
+
+from .api import Factorize, Factorized, NoGain, check_layer, solve
+from .arguments import Config, FilterFn, Order, assign, check_arguments, named
+from .collect import collect_moments, layer_inputs
+from .method import chain_macs, chain_params, method_of
+from .problem import LayerProblem, UnsupportedLayer, relative_error
+from .ranks import GlobalPolicy
+from .reconstruct import reconstruct_
+from .report import FactorizeReport, LayerReport
+from .survey import Site, fold_norm_, set_module, survey
+from .timing import time_layer
+
+
+def factorize_(
+    model: nn.Module,
+    config: Config,
+    example_inputs: Tensor | Sequence[Any],
+    calib: Iterable[Tensor | tuple[Any, ...]] | None = None,
+    *,
+    filter_fn: FilterFn | None = None,
+    order: Order = "one_shot",
+    asymmetric: bool = True,
+    reconstruct: int = 0,
+    finetune: Callable[[nn.Module, str], object] | None = None,
+    recalibrate: bool = True,
+    strict: bool = False,
+    measure: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+) -> FactorizeReport:
+    """Factorize the layers of a network, in place.
+
+    Order "one_shot": all layers, then `finetune` once (Kim et al. 2016). Order "layerwise": from
+    the first layer to the last, each one fitted on what the already factorized layers feed it,
+    reconstructed and fine-tuned before the next one (Jaderberg et al. 2014; Astrid & Lee 2017).
+    A factorized network needs training to come back to its accuracy; the rates are small, for CP
+    very small.
+
+    Args:
+        model: the network. Factorized layers are `FactorizedConv2d` and `FactorizedLinear` under
+            the old names; `sparsecnn.accelerate` fuses their stages where that is faster.
+        config: one for all convolutions (all linear layers for "fc_svd"), or a mapping from layer
+            names, "re:<regular expression>" (matched in full) and "_default" to configs or None
+            (stays dense). A name beats expressions, these beat "_default".
+        example_inputs: one input tensor or the positional arguments; gives the geometry.
+        calib: inputs without labels, a sequence that can be run through several times: for the
+            methods that need data, `reconstruct` and batch norm statistics.
+        filter_fn: `filter_fn(module, name)`, leaves layers out.
+        order: "one_shot" or "layerwise".
+        asymmetric: layer by layer, aim at the responses of the original network from the inputs of
+            the factorized one.
+        reconstruct: steps of gradient descent on each layer's response error, 0 for none.
+        finetune: `finetune(model, name)`, called after every layer of "layerwise" and once, with
+            the name "", at the end of "one_shot".
+        recalibrate: estimate batch norm statistics anew from `calib`, if there are any.
+        strict: raise for a layer that cannot be factorized instead of listing it. A layer that the
+            config names always raises.
+        measure: time every layer before and after, a quarter of a second each.
+        seed: of everything random.
+        progress: show a bar.
+
+    Returns:
+        Per layer the ranks, errors, MACs, weights, measured times, or why it stayed dense.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown layer or value, weights that are not finite, a model with masks or
+            swapped layers, or missing `calib`. Layers that were done before the error stay so with
+            "layerwise"; with "one_shot" the model is as it was.
+        UnsupportedLayer: see `strict`.
+
+    Cost: that of the methods; a forward pass for the geometry and one per layer over `calib` where
+    data is needed.
+    """
+    check_arguments(model, config, calib, order, reconstruct, finetune)
+    sites = survey(model, example_inputs)
+    chosen = assign(sites, config, filter_fn)
+    if calib is None and any(method_of(c.method).needs_data for c in chosen.values()):
+        raise ValueError(
+            "factorize_: expected calib for a method that works on responses, got None; pass "
+            "batches of inputs"
+        )
+    run = _Run(
+        model, example_inputs, list(calib) if calib is not None else None, chosen,
+        named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
+    )  # fmt: skip
+    run.prepare()
+    with progress_bar(progress, "factorize", len(chosen)) as tick:
+        if order == "one_shot":
+            run.one_shot(tick)
+            if finetune is not None and run.replaced:
+                finetune(model, "")
+        else:
+            run.layerwise(tick, finetune)
+    if recalibrate and run.replaced and finetune is None:
+        run.recalibrate()
+    return run.report
+
+
+class _Run:
+    """One call of `factorize_`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | Sequence[Any],
+        calib: list[Tensor | tuple[Any, ...]] | None,
+        chosen: dict[str, Factorize],
+        named: frozenset[str],
+        strict: bool,
+        seed: int,
+        measure: bool,
+        reconstruct: int,
+        asymmetric: bool,
+    ) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.calib = calib
+        self.chosen = chosen
+        self.named = named
+        self.strict = strict
+        self.seed = seed
+        self.measure = measure
+        self.reconstruct = reconstruct
+        self.asymmetric = asymmetric
+        self.report = FactorizeReport()
+        self.replaced: list[str] = []
+        self.sites: dict[str, Site] = {}
+        self.global_ranks: dict[str, tuple[int, ...]] = {}
+        self.reference: nn.Module | None = None
+
+    def prepare(self) -> None:
+        """Fold what must be folded, copy what must be kept, rank what is ranked together."""
+        sites = {site.name: site for site in survey(self.model, self.example_inputs)}
+        for name, config in self.chosen.items():
+            if method_of(config.method).needs_data and not sites[name].obstacle:
+                if fold_norm_(self.model, sites[name], self.example_inputs):
+                    self.report.notes.append(f"folded {sites[name].norm} into {name}")
+        self.sites = {s.name: s for s in survey(self.model, self.example_inputs)}
+        if self.reconstruct or self.asymmetric:
+            self.reference = copy.deepcopy(self.model).eval()
+        groups: dict[Factorize, list[str]] = {}
+        for name, config in self.chosen.items():
+            if isinstance(config.rank, GlobalPolicy):
+                groups.setdefault(config, []).append(name)
+        for config, names in groups.items():
+            problems = {}
+            for name in names:
+                try:
+                    problem = self._problem(name, config, self._moments([name]))
+                    check_layer(problem, method_of(config.method))
+                    problems[name] = problem
+                except UnsupportedLayer:
+                    continue  # listed when its turn comes
+            assert isinstance(config.rank, GlobalPolicy)
+            ranks = config.rank.select_all(problems, method_of(config.method), self._trial)
+            self.global_ranks.update(ranks)
+
+    def one_shot(self, tick: Callable[[], None]) -> None:
+        """All factorizations first, on the network as it is; then the replacements."""
+        needing = [n for n, c in self.chosen.items() if method_of(c.method).needs_data]
+        moments = self._moments([n for n in needing if not self.sites[n].obstacle])
+        made = {}
+        for name in self.chosen:
+            made[name] = self._factorize(name, moments)
+            tick()
+        for name, layer in made.items():
+            if layer is not None:
+                self._replace(name, layer)
+        if self.reconstruct:
+            for name in self.replaced:
+                self._reconstruct(name)
+
+    def layerwise(
+        self, tick: Callable[[], None], finetune: Callable[[nn.Module, str], object] | None
+    ) -> None:
+        """One layer after the other, each on the network as it has become."""
+        for name, config in self.chosen.items():
+            moments = None
+            if method_of(config.method).needs_data and not self.sites[name].obstacle:
+                moments = self._moments([name])
+            layer = self._factorize(name, moments)
+            if layer is not None:
+                self._replace(name, layer)
+                if self.reconstruct:
+                    self._reconstruct(name)
+                if finetune is not None:
+                    finetune(self.model, name)
+            tick()
+
+    def recalibrate(self) -> None:
+        """Batch norm statistics of the factorized network."""
+        norms = [
+            m for m in self.model.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        ]  # fmt: skip
+        if self.calib is not None and norms:
+            batches = (b if isinstance(b, (Tensor, tuple)) else tuple(b) for b in self.calib)
+            recalibrate_batchnorm(self.model, batches)
+            self.report.notes.append(f"re-estimated {len(norms)} batch norms")
+
+    def _moments(self, names: list[str]) -> dict[str, Any] | None:
+        if self.calib is None or not names:
+            return None
+        return collect_moments(
+            self.model, names, self.calib, seed=self.seed,
+            reference=self.reference if self.asymmetric else None,
+        )  # fmt: skip
+
+    def _problem(
+        self, name: str, config: Factorize, moments: dict[str, Any] | None
+    ) -> LayerProblem:
+        site = self.sites[name]
+        if site.obstacle:
+            raise UnsupportedLayer(f"factorize_: {name}: {site.obstacle}")
+        x = site.inputs
+        assert x is not None
+        hw = (int(x.shape[-2]), int(x.shape[-1])) if x.dim() == 4 else None
+        return LayerProblem.of(
+            site.module, in_hw=hw, batch=int(x.shape[0]) if x.dim() > 1 else 1,
+            moments=(moments or {}).get(name), seed=self.seed, name=name,
+        )  # fmt: skip
+
+    def _factorize(self, name: str, moments: dict[str, Any] | None) -> Factorized | None:
+        """The layer's chain, or None where it stays dense; adds to the report."""
+        config, site = self.chosen[name], self.sites[name]
+        method = method_of(config.method)
+        entry = LayerReport(name, type(site.module).__name__, method.name)
+        self.report.layers.append(entry)
+        try:
+            p = self._problem(name, config, moments)
+            entry.dense_macs = entry.macs = p.dense_macs
+            entry.dense_params = entry.params = p.dense_params
+            check_layer(p, method)
+            entry.full_ranks = method.full_ranks(p)
+            if name in self.global_ranks:
+                ranks = config.rounded(p, self.global_ranks[name])
+            else:
+                ranks = config.ranks(p)
+            config.check_gain(p, ranks)
+        except (UnsupportedLayer, NoGain) as error:
+            if isinstance(error, UnsupportedLayer) and (self.strict or name in self.named):
+                self.report.layers.pop()
+                raise
+            entry.reason = str(error).removeprefix(f"factorize_: {name}: ").removeprefix(
+                f"factorize: {name}: "
+            )
+            return None
+        weight = site.module.weight
+        assert isinstance(weight, Tensor)
+        layer = solve(p, method, ranks, weight)
+        inherit(layer, site.module)
+        for stage in layer.modules():
+            stage.training = site.module.training
+        stages = method.stages(p, ranks)
+        entry.ranks = ranks
+        entry.macs, entry.params = chain_macs(p, stages), chain_params(p, stages)
+        self._errors(entry, site, layer)
+        return layer
+
+    @torch.no_grad()
+    def _errors(self, entry: LayerReport, site: Site, layer: Factorized) -> None:
+        weight, x = site.module.weight, site.inputs
+        assert isinstance(weight, Tensor) and x is not None
+        entry.weight_error = relative_error(layer.dense_weight(), weight.detach())
+        dense = _bare(site.module)
+        chain = _bare(layer)
+        with evaluating(chain):
+            entry.response_error = relative_error(chain(x), dense(x))
+        if self.measure:
+            times = time_layer(dense, chain, x)
+            entry.dense_us = times["dense"].median_s * 1e6
+            entry.convs_us = times["convs"].median_s * 1e6
+            entry.chain_us = times["chain"].median_s * 1e6 if "chain" in times else None
+
+    def _replace(self, name: str, layer: nn.Module) -> None:
+        for alias in self.sites[name].names:
+            set_module(self.model, alias, layer)
+        self.replaced.append(name)
+
+    def _reconstruct(self, name: str) -> None:
+        assert self.reference is not None and self.calib is not None
+        chain = self.model.get_submodule(name)
+        pairs = layer_inputs(self.model, name, self.calib, reference=self.reference)
+        original = self.reference.get_submodule(name)
+        before, after = reconstruct_(
+            chain, original, pairs, steps=self.reconstruct, seed=self.seed
+        )
+        self.report.notes.append(f"reconstructed {name}: {before:.4f} > {after:.4f}")
+
+    def _trial(
+        self, name: str, ranks: tuple[int, ...] | None, evaluate: Callable[[nn.Module], float]
+    ) -> float:
+        """What `evaluate` says of the network with one layer factorized; nothing stays."""
+        if ranks is None:
+            with evaluating(self.model):
+                return evaluate(self.model)
+        config = self.chosen[name]
+        p = self._problem(name, config, self._moments([name]))
+        original = self.sites[name].module
+        weight = original.weight
+        assert isinstance(weight, Tensor)
+        layer = solve(p, method_of(config.method), config.rounded(p, ranks), weight)
+        for alias in self.sites[name].names:
+            set_module(self.model, alias, layer)
+        try:
+            with evaluating(self.model):
+                return evaluate(self.model)
+        finally:
+            for alias in self.sites[name].names:
+                set_module(self.model, alias, original)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The same parameters without the user's hooks."""
+    bare = copy.copy(module)
+    inherit(bare, nn.Identity())
+    bare.training = False
+    return bare
