@@ -10,14 +10,16 @@ from __future__ import annotations
 from . import methods  # noqa: F401
 from .api import Factorize, NoGain, factorize
 from .circulant import CompactMaps, compact_maps_
-from .collect import collect_moments
+from .collect import collect_moments, layer_inputs
 from .global_ranks import PCAEnergyGlobal, Sensitivity
 from .latency import Latency
 from .method import METHODS, Factors, Method, Stage, register_method
 from .methods.cp import CP, CPNLS, CPTPM
 from .methods.dct import DCT
+from .methods.denil import Denil
 from .methods.denton import BiclusterOuter, BiclusterSVD, Monochromatic
 from .methods.jaderberg import Jaderberg1, Jaderberg2
+from .methods.separable import Rigamonti
 from .methods.svd import FCSVD, VH, ChannelSVD
 from .methods.tucker import Tucker2, Tucker4
 from .methods.zhang import Zhang
@@ -38,6 +40,7 @@ __all__ = [
     "ChannelSVD",
     "CompactMaps",
     "DCT",
+    "Denil",
     "EVBMF",
     "Energy",
     "FCSVD",
@@ -60,6 +63,7 @@ __all__ = [
     "ParamRatio",
     "RankPolicy",
     "Ratio",
+    "Rigamonti",
     "Sensitivity",
     "Stage",
     "TargetSpeedup",
@@ -73,6 +77,7 @@ __all__ = [
     "factorize",
     "factorize_",
     "kim",
+    "layer_inputs",
     "reconstruct_",
     "register_method",
 ]

@@ -69,6 +69,11 @@ class Method(ABC):
         """Whether it works on responses: calibration data must be given."""
         return False
 
+    @property
+    def needs_patches(self) -> bool:
+        """Whether, of the data, it also needs the layer's inputs: (S kh kw)^2 numbers a group."""
+        return self.needs_data
+
     @abstractmethod
     def full_ranks(self, p: LayerProblem) -> tuple[int, ...]:
         """Ranks at which the chain equals the layer."""

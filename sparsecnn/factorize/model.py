@@ -57,8 +57,8 @@ def factorize_(
             names, "re:<regular expression>" (matched in full) and "_default" to configs or None
             (stays dense). A name beats expressions, these beat "_default".
         example_inputs: one input tensor or the positional arguments; gives the geometry.
-        calib: inputs without labels, a sequence that can be run through several times: for the
-            methods that need data, `reconstruct` and batch norm statistics.
+        calib: inputs without labels, each a tensor or a tuple of positional arguments: for the
+            methods that need data, `reconstruct` and batch norm statistics. Kept while this runs.
         filter_fn: `filter_fn(module, name)`, leaves layers out.
         order: "one_shot" or "layerwise".
         asymmetric: layer by layer, aim at the responses of the original network from the inputs of
@@ -209,8 +209,7 @@ class _Run:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
         ]  # fmt: skip
         if self.calib is not None and norms:
-            batches = (b if isinstance(b, (Tensor, tuple)) else tuple(b) for b in self.calib)
-            recalibrate_batchnorm(self.model, batches)
+            recalibrate_batchnorm(self.model, self.calib)
             self.report.notes.append(f"re-estimated {len(norms)} batch norms")
 
     def _moments(self, names: list[str]) -> dict[str, Any] | None:
@@ -218,6 +217,7 @@ class _Run:
             return None
         return collect_moments(
             self.model, names, self.calib, seed=self.seed,
+            patches=any(method_of(self.chosen[name].method).needs_patches for name in names),
             reference=self.reference if self.asymmetric else None,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsecnn.nn.chain import ChainConv2d
+from sparsecnn.nn.circulant import CirculantLinear, CirculantPointwise
 from sparsecnn.nn.csr import CSRConv2d, CSRLinear
 from sparsecnn.nn.depthwise import DepthwiseConv2d
 from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear, PermuteChannels
@@ -23,6 +24,8 @@ __all__ = [
     "CSRConv2d",
     "CSRLinear",
     "ChainConv2d",
+    "CirculantLinear",
+    "CirculantPointwise",
     "DepthwiseConv2d",
     "FactorizedConv2d",
     "FactorizedLinear",

@@ -171,6 +171,14 @@ def test_kernels_and_linear_layers():
     assert [s.bias is not None for s in made] == [False, True]
 
 
+def test_tucker_ranks_are_cut_to_what_the_core_can_hold():
+    layer = conv()
+    assert factorize(layer, "tucker2", (96, 4)).ranks == (36, 4)
+    assert factorize(layer, "tucker2", (2, 64)).ranks == (2, 18)
+    made = factorize(layer, "tucker4", (42, 21, 1, 1))
+    assert made.ranks == (21, 21, 1, 1) and made[2].kernel_size == (1, 3)
+
+
 def test_latency_measures_or_refuses_with_the_times():
     p = problem(conv(64, 64), (14, 14))
     made = METHODS["tucker2"]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +12,13 @@ from torch import Tensor
 from ..method import Factors, Method, Stage, register_method
 from ..problem import LayerProblem
 from ..solvers.svd import hoi, unfold
+
+
+def _consistent(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of a core none of which is above the product of the others: more adds nothing."""
+    size = math.prod(sizes)
+    cut = tuple(min(n, size // n) for n in sizes)
+    return sizes if cut == sizes else _consistent(cut)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,7 @@ class Tucker2(Method):
     def clamp(self, p: LayerProblem, ranks: Sequence[int]) -> tuple[int, ...]:
         """Also to kh kw times the other one."""
         r_t, r_s = super().clamp(p, ranks)
-        taps = p.kh * p.kw
-        return min(r_t, r_s * taps), min(r_s, r_t * taps)
+        return _consistent((r_t, r_s, p.kh * p.kw))[:2]
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
         """1x1, core, 1x1."""
@@ -74,6 +81,10 @@ class Tucker4(Method):
         shape = p.weight.shape[1:]
         size = p.weight[0].numel()
         return tuple(min(n, size // n) for n in shape)
+
+    def clamp(self, p: LayerProblem, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Also to the product of the other ones."""
+        return _consistent(super().clamp(p, ranks))
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
         """1x1, two depthwise ones with multipliers, the core as 1x1, 1x1."""

@@ -61,6 +61,11 @@ class Zhang(Method):
         """It works on responses."""
         return True
 
+    @property
+    def needs_patches(self) -> bool:
+        """Responses are enough."""
+        return False
+
     def __post_init__(self) -> None:
         if not isinstance(self.nonlinear, bool):
             raise TypeError(f"Zhang: expected nonlinear a bool, got {self.nonlinear!r}")
