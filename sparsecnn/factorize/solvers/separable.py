@@ -19,6 +19,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .cp import cp_als
+
 Solver = Literal["svt", "cp"]
 SOLVERS = get_args(Solver)
 _STARTS = 3
@@ -26,9 +28,9 @@ _STARTS = 3
 # a step lowers singular values. It ends below 1/sqrt(24), where an s_k of 24 x 24 could vanish.
 _FIRST, _RAISE, _LAST, _STEPS = 1e-3, 1.05, 0.2, 2
 _EVALUATIONS, _ENOUGH = 100, 1e-8
-# Without a price on w two s_k may grow alike while their weights cancel, without end: at 4 of 3x3 on
-# noise, weights of 100 to 240 times the bank gain 1e-4 of the error that weights of 2 reach. Planted
-# bases come out with a relative error of half of this.
+# Without a price on w two s_k may grow alike while their weights cancel, without end: with 4
+# filters 3x3 for noise, weights of 70 to 240 times the bank's norm lower the error by 1e-4 of what
+# weights of 2 reach. Planted bases come out with a relative error of half of this.
 _PRICE = 1e-6
 
 
@@ -43,7 +45,8 @@ def svt(matrices: Tensor, threshold: float) -> Tensor:
         threshold: >= 0; smaller singular values become 0.
     """
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    return (left * (values - threshold).clamp(min=0)[..., None, :]) @ right
+    shrunk: Tensor = (left * (values - threshold).clamp(min=0)[..., None, :]) @ right
+    return shrunk
 
 
 def sep_svd(filters: Tensor, rank: int) -> Tensor:
@@ -59,7 +62,8 @@ def sep_svd(filters: Tensor, rank: int) -> Tensor:
         (n, kh, kw) float64.
     """
     left, values, right = torch.linalg.svd(filters.double(), full_matrices=False)
-    return (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    cut: Tensor = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    return cut
 
 
 def separable_basis(
@@ -69,9 +73,9 @@ def separable_basis(
 
     "svt" starts at the best basis of any filters (principal components) and at random rotations of
     it, and alternates least squares for w with proximal gradient steps for s: singular values are
-    soft-thresholded by a lam that is raised until every s_k has rank 1. "cp" starts at canonical
-    decompositions by alternating least squares. Both end with Levenberg-Marquardt steps among separable
-    bases, w being solved for at a small price, and the best end is taken.
+    soft-thresholded by a lam that is raised until every s_k has rank 1. "cp" starts at a canonical
+    decomposition by alternating least squares. Both end with Levenberg-Marquardt steps among
+    separable bases, w being solved for at a small price, and the best end is taken.
 
     Args:
         filters: f, (n, kh, kw).
@@ -118,7 +122,9 @@ def separable_basis(
 
 def _principal(bank: Tensor, count: int) -> Tensor:
     """The orthonormal basis (count, p) that loses least of a bank (m, p)."""
-    return torch.linalg.svd(bank, full_matrices=True).Vh[:count]
+    _, _, right = torch.linalg.svd(bank, full_matrices=True)
+    components: Tensor = right[:count]
+    return components
 
 
 def _by_svt(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
@@ -139,7 +145,8 @@ def _by_svt(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
         # Else s_k shrinks, its weights grow and nothing is thresholded any more.
         basis = basis / torch.linalg.vector_norm(basis, dim=2, keepdim=True).clamp(min=1e-30)
         threshold *= _RAISE
-    return basis.unflatten(2, shape[1:])
+    bases: Tensor = basis.unflatten(2, shape[1:])
+    return bases
 
 
 def _above_rank_1(basis: Tensor) -> bool:
@@ -147,30 +154,21 @@ def _above_rank_1(basis: Tensor) -> bool:
 
 
 def _by_cp(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Bases (starts, K, kh, kw) of rank 1 from canonical decompositions of the bank (m, p)."""
-    import tensorly
-    from tensorly.decomposition import parafac
-
+    """The basis (1, K, kh, kw) of rank 1 of the best canonical decomposition of the bank (m, p)."""
     count, kh, kw = shape
-    starts = []
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        for start in range(_STARTS):
-            _, (_, rows, columns) = parafac(
-                bank.reshape(-1, kh, kw), count, n_iter_max=200, init="random", tol=1e-7,
-                l2_reg=_PRICE, random_state=seed + start,
-            )  # fmt: skip
-            starts.append(rows.T[:, :, None] * columns.T[:, None, :])
-    return torch.stack(starts)
+    fit = cp_als(bank.reshape(-1, kh, kw), count, n_init=_STARTS, l2=_PRICE, seed=seed)
+    _, rows, columns = fit.factors
+    return (rows.T[:, :, None] * columns.T[:, None, :])[None]
 
 
 def _refined(bank: Tensor, start: Tensor) -> tuple[float, Tensor]:
     """Levenberg-Marquardt steps from the nearest separable basis, the weights being solved for.
 
     Minimizes ``||R - w S||^2 + price ||w||^2`` over S of unit norm, w the best for each S: least
-    squares for R and K zeros more per filter with ``[S, sqrt(price) I]``. The Jacobian is Kaufman's:
-    the change of S times w, projected off S (Golub, Pereyra, "Separable nonlinear least squares",
-    Inverse Problems 19, 2003). Own steps, because those of `scipy.optimize.least_squares` differ
-    in bits from run to run ("lm") or stop where an SVD does not converge ("trf").
+    squares for R and K zeros more per filter with ``[S, sqrt(price) I]``. The Jacobian is that of
+    Kaufman: the change of S times w, projected off S (Golub, Pereyra, "Separable nonlinear least
+    squares", Inverse Problems 19, 2003). Own steps, because `scipy.optimize.least_squares` differs
+    in bits from run to run ("lm") or stops where an SVD does not converge ("trf").
 
     Returns:
         The root of the minimum, and S (K, kh, kw).
@@ -204,7 +202,8 @@ def _refined(bank: Tensor, start: Tensor) -> tuple[float, Tensor]:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return unit
 
 
 def _normal_equations(
