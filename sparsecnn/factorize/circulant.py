@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from sparsecnn._models import evaluating
 from sparsecnn.nn._common import inherit
 
-from .collect import Batch, evaluating
+from .collect import Batch
 from .moments import patches_at, responses_at
 from .problem import UnsupportedLayer
 from .solvers.circulant import captured, circulant_rows, learn_circulant, pca_bound

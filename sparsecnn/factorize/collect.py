@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnn._models import evaluating
+
 from .moments import LIMIT, POSITIONS, Moments, patches_at, positions_of, responses_at
 
 Batch = Tensor | tuple[Any, ...]
@@ -247,19 +249,6 @@ def _run(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     device = torch.device("cpu") if first is None else first.device
     with evaluating(model):
         model(*(x.to(device) if isinstance(x, Tensor) else x for x in inputs))
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own flag is restored."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager

@@ -40,10 +40,6 @@ class PCAEnergyGlobal:
     def __post_init__(self) -> None:
         check_number("PCAEnergyGlobal", "speedup", self.speedup, 1)
 
-    def select(self, p: LayerProblem, method: Method) -> tuple[int, ...]:
-        """The ranks of a layer that has the whole budget; see `select_all`."""
-        return self.select_all({p.name: p}, method)[p.name]
-
     def select_all(
         self, problems: Mapping[str, LayerProblem], method: Method, trial: Trial | None = None
     ) -> dict[str, tuple[int, ...]]:

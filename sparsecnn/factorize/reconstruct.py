@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .collect import evaluating
+from sparsecnn._models import evaluating
 
 Pair = tuple[Tensor, Tensor]
 
@@ -61,7 +61,7 @@ def reconstruct_(
     trained = [p for p in chain.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{what}: expected a chain with parameters to train, got none")
-    with evaluating(chain, original):
+    with evaluating(chain), evaluating(original):
         pairs = _targets(original, batches, relu, what)
         wanted = math.sqrt(sum(float(t.double().square().sum()) for _, t in pairs)) or 1.0
         before = _error(chain, pairs, relu, what) / wanted

@@ -143,6 +143,10 @@ class FactorizedConv2d(nn.Sequential):
         )  # fmt: skip
         dense.weight = nn.Parameter(weight)
         dense.bias = last.bias
+        behind = list(self)[-1]
+        if last.bias is not None and isinstance(behind, PermuteChannels):
+            permuted = last.bias.detach()[behind.index]
+            dense.bias = nn.Parameter(permuted, requires_grad=last.bias.requires_grad)
         inherit(dense, self)
         return dense
 

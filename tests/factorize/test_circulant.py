@@ -262,6 +262,22 @@ def test_linear_in_between_is_rows_times_the_layer() -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_mean_counts_where_no_bias_takes_it_up(bias: bool) -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 5, bias=bias)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(normal(16, 6))
+        net[0].bias.fill_(4.0)
+    x = normal(60, 6, seed=1)
+    responses = net[0](x).detach()
+    done = compact_maps_(copy.deepcopy(net), "0", "1", 4, [x[:20], x[20:]])
+    moment = responses.T @ responses / 60
+    c = torch.cov(responses.T, correction=0) if bias else moment
+    torch.testing.assert_close(done.q, learn_circulant(c, 4), rtol=0, atol=1e-3)
+    assert done.kept_by_pca == pytest.approx(pca_bound(c, 4), rel=1e-9)
+    assert abs(pca_bound(c, 4) - pca_bound(moment if bias else torch.cov(responses.T), 4)) > 0.01
+
+
 def test_relu_in_between_is_the_least_squares_fit_of_the_compact_activation() -> None:
     net, batches = network()
     compact = copy.deepcopy(net)

@@ -222,6 +222,14 @@ def test_solvers_are_ordered_by_error():
         assert als < 0.9999 * tpm
 
 
+def test_als_also_starts_from_the_power_method(monkeypatch):
+    x = normal(6, 5, 3, 3, seed=4)
+    tpm = cp_tpm(x, 2).relative_error(x)
+    assert cp_als(x, 2, n_init=0).relative_error(x) <= tpm
+    monkeypatch.setattr("sparsecnn.factorize.solvers.cp_tensor._SMALL", 0)
+    assert cp_als(x, 2, n_init=0, max_iter=300).relative_error(x) > 1.01 * tpm
+
+
 # ---- Gauss-Newton --------------------------------------------------------------------------------
 
 
@@ -320,6 +328,14 @@ def test_tpm_residual_falls_by_the_square_of_each_weight():
         before = after
         for f in cp.factors:
             torch.testing.assert_close(f.norm(dim=0), torch.ones(r, dtype=torch.float64))
+
+
+def test_tpm_takes_the_best_of_its_starts():
+    x = normal(12, 10, 3, 3)
+    single = [float(cp_tpm(x, 1, n_repeat=1, seed=s).weights[0]) for s in range(8)]
+    many = [float(cp_tpm(x, 1, n_repeat=20, seed=s).weights[0]) for s in range(3)]
+    assert min(many) > sum(single) / 8
+    assert max(many) >= max(single) * (1 - 1e-6)
 
 
 def test_tpm_term_is_a_fixed_point_of_the_power_iteration():

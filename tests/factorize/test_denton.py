@@ -175,7 +175,7 @@ def assembled(blocks: Tensor, channels: Tensor, filters: Tensor) -> Tensor:
 @pytest.mark.parametrize("terms", [1, 2])
 def test_bicluster_recovers_planted_blocks(terms: int, seed: int) -> None:
     w, labels_in, labels_out = planted_blocks(terms, seed)
-    found_in, found_out = bicluster(w, 3, 2, dims=(2 * terms, 3 * terms), seed=seed)
+    found_in, found_out = bicluster(w, 3, 2, ranks=(terms, terms), seed=seed)
     assert same_partition(found_in, labels_in) and same_partition(found_out, labels_out)
     blocks, channels, filters = blocks_of(w, found_in, found_out)
     assert blocks.shape == (3, 2, 9, 8, 3, 3)
@@ -196,8 +196,9 @@ def test_bicluster_recovers_planted_blocks(terms: int, seed: int) -> None:
 def test_bicluster_of_repeated_channels_by_their_means() -> None:
     labels_in, labels_out = (torch.arange(12) % 3)[shuffled(12)], (torch.arange(8) % 2)[shuffled(8)]
     w = normal(2, 3, 3, 3)[labels_out][:, labels_in] + 0.05 * normal(8, 12, 3, 3, seed=1)
-    found_in, found_out = bicluster(w, 3, 2)
-    assert same_partition(found_in, labels_in) and same_partition(found_out, labels_out)
+    for ranks in (None, (1, 1)):
+        found_in, found_out = bicluster(w, 3, 2, ranks=ranks)
+        assert same_partition(found_in, labels_in) and same_partition(found_out, labels_out)
 
 
 def test_outer_product_is_the_best_rank_one_of_a_matrix() -> None:

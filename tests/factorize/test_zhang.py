@@ -492,11 +492,6 @@ def test_global_ranks_are_the_greedy_ones_of_the_responses() -> None:
     shares = [found[n][0] / p.T for n, p in problems.items()]
     assert shares[0] < shares[1]
     assert PCAEnergyGlobal(3.0).select_all(problems, ChannelSVD()) == found
-    # With the budget for itself a layer has T / v of its components.
-    chain = factorize(
-        conv(padding=1), Zhang(), PCAEnergyGlobal(3.0), data=problems["narrow"].moments
-    )
-    assert chain.ranks == (5,)
 
 
 def test_global_eigenvalues_are_those_of_the_centred_responses() -> None:

@@ -85,7 +85,7 @@ class CP(Method):
         if rank >= self.full_ranks(p)[0]:
             terms = cp_exact(x)
         else:
-            terms, note = self._fit(x, rank, p.seed + group)
+            terms, note = self._fit(x, rank, p.seed)
             if note:
                 _log.warning("factorize: %s, group %d: %s", p.name, group, note)
         filters, channels, *taps = terms.split()

@@ -113,14 +113,12 @@ class _Biclustered(Method):
         return p.T // self.clusters_out, p.S // self.clusters_in, p.kh, p.kw
 
     def _blocks(
-        self, p: LayerProblem, group: int, rank_in: int, rank_out: int
+        self, p: LayerProblem, group: int, ranks: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks (G H, T/H, S/G, kh, kw), channels and filters in their order."""
         weight = p.weight[group]
-        # Blocks of these ranks put a cluster's slices into a subspace of that dimension.
-        dims = (self.clusters_out * rank_in, self.clusters_in * rank_out)
         labels = bicluster(
-            weight, self.clusters_in, self.clusters_out, dims=dims, seed=p.seed
+            weight, self.clusters_in, self.clusters_out, ranks=ranks, seed=p.seed
         )
         blocks, channels, filters = blocks_of(weight, *labels)
         return blocks.flatten(0, 1), channels, filters
@@ -181,7 +179,7 @@ class BiclusterOuter(_Biclustered):
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """Clusters, then alternating least squares in every block."""
-        blocks, channels, filters = self._blocks(p, group, ranks[0], ranks[0])
+        blocks, channels, filters = self._blocks(p, group, (ranks[0], ranks[0]))
         a, b, c = outer_product(blocks, ranks[0])
         return self._factors(p, (b.mT, c[:, :, None], a), channels, filters)
 
@@ -222,7 +220,7 @@ class BiclusterSVD(_Biclustered):
 
     def spectra(self, p: LayerProblem) -> list[Tensor]:
         """Of both unfoldings of the blocks of the means' clusters, summed over the blocks."""
-        blocks, _, _ = self._blocks(p, 0, 0, 0)
+        blocks, _, _ = self._blocks(p, 0, None)
         return [
             torch.linalg.svdvals(matrices.flatten(2)).square().sum(0)
             for matrices in (blocks.transpose(1, 2), blocks)
@@ -230,7 +228,7 @@ class BiclusterSVD(_Biclustered):
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """Clusters, then two SVDs in every block."""
-        blocks, channels, filters = self._blocks(p, group, *ranks)
+        blocks, channels, filters = self._blocks(p, group, (ranks[0], ranks[1]))
         return self._factors(p, two_svds(blocks, *ranks), channels, filters)
 
 

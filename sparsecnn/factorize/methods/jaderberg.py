@@ -40,7 +40,7 @@ class Jaderberg1(Method):
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """A CP per channel."""
         vertical, horizontal, mixing = separable_per_channel(
-            p.weight[group], ranks[0], seed=p.seed + group
+            p.weight[group], ranks[0], seed=p.seed
         )
         return Factors([
             vertical.reshape(-1, 1, p.kh, 1),
@@ -71,7 +71,7 @@ class Jaderberg2(VH):
         """The closed form or the alternation."""
         if self.solver == "vh":
             return super().solve(p, ranks, group)
-        first, second, _ = vh_als(self._kernel(p, group), ranks[0], seed=p.seed + group)
+        first, second, _ = vh_als(self._kernel(p, group), ranks[0], seed=p.seed)
         if self.order == "vh":
             return Factors([first[:, :, :, None], second[:, :, None, :]])
         return Factors([first[:, :, None, :], second[:, :, :, None]])

