@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from . import cp, dct, denton, jaderberg, svd, tucker, zhang  # noqa: F401
+from . import cp, dct, denil, denton, jaderberg, separable, svd, tucker, zhang  # noqa: F401
