@@ -107,7 +107,7 @@ def ridge_dictionary(kernel: Tensor, observed: Tensor, lam: float) -> Tensor:
     full = kernel.double()
     eye = torch.eye(len(observed), dtype=torch.float64)
     inner = full[observed][:, observed] + lam * eye
-    basis = full[:, observed] @ torch.linalg.pinv(inner, rtol=_RTOL, hermitian=True)
+    basis: Tensor = full[:, observed] @ torch.linalg.pinv(inner, rtol=_RTOL, hermitian=True)
     if lam == 0:
         basis[observed] = eye
     return basis

@@ -13,25 +13,24 @@ search runs on R, F = Q R with Q^T Q = I, which has at most kh kw filters howeve
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from typing import Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import least_squares
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from .cp import cp_als
+
 Solver = Literal["svt", "cp"]
 SOLVERS = get_args(Solver)
 _STARTS = 3
 # lam over the Lipschitz constant of the gradient, as a share of the norm 1 of each s_k: by how much
 # a step lowers singular values. It ends below 1/sqrt(24), where an s_k of 24 x 24 could vanish.
 _FIRST, _RAISE, _LAST, _STEPS = 1e-3, 1.05, 0.2, 2
-_EVALUATIONS = 100
-# Without a price on w two s_k may grow alike while their weights cancel, without end: at 4 of 3x3 on
-# noise, weights of 100 to 240 times the bank gain 1e-4 of the error that weights of 2 reach. Planted
-# bases come out with a relative error of half of this.
+_EVALUATIONS, _ENOUGH = 100, 1e-8
+# Without a price on w two s_k may grow alike while their weights cancel, without end: with 4
+# filters 3x3 for noise, weights of 70 to 240 times the bank's norm lower the error by 1e-4 of what
+# weights of 2 reach. Planted bases come out with a relative error of half of this.
 _PRICE = 1e-6
 
 
@@ -46,7 +45,8 @@ def svt(matrices: Tensor, threshold: float) -> Tensor:
         threshold: >= 0; smaller singular values become 0.
     """
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    return (left * (values - threshold).clamp(min=0)[..., None, :]) @ right
+    shrunk: Tensor = (left * (values - threshold).clamp(min=0)[..., None, :]) @ right
+    return shrunk
 
 
 def sep_svd(filters: Tensor, rank: int) -> Tensor:
@@ -62,7 +62,8 @@ def sep_svd(filters: Tensor, rank: int) -> Tensor:
         (n, kh, kw) float64.
     """
     left, values, right = torch.linalg.svd(filters.double(), full_matrices=False)
-    return (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    cut: Tensor = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    return cut
 
 
 def separable_basis(
@@ -72,9 +73,9 @@ def separable_basis(
 
     "svt" starts at the best basis of any filters (principal components) and at random rotations of
     it, and alternates least squares for w with proximal gradient steps for s: singular values are
-    soft-thresholded by a lam that is raised until every s_k has rank 1. "cp" starts at canonical
-    decompositions by alternating least squares. Both end with Gauss-Newton steps among separable
-    bases, w being solved for at a small price, and the best end is taken.
+    soft-thresholded by a lam that is raised until every s_k has rank 1. "cp" starts at a canonical
+    decomposition by alternating least squares. Both end with Levenberg-Marquardt steps among
+    separable bases, w being solved for at a small price, and the best end is taken.
 
     Args:
         filters: f, (n, kh, kw).
@@ -112,14 +113,18 @@ def separable_basis(
             starts = _principal(reduced, count).reshape(1, count, kh, kw)
         else:
             starts = (_by_svt if solver == "svt" else _by_cp)(reduced, (count, kh, kw), seed)
-        ends = [_refined(reduced.numpy(), start) for start in starts]
-        basis = torch.from_numpy(min(ends, key=lambda end: end[0])[1])
+        ends = [_refined(reduced, start) for start in starts]
+        # The first of the equally good ones: starts often end in the same filters.
+        least = min(error for error, _ in ends)
+        basis = next(found for error, found in ends if error <= 1.0001 * least)
     return basis, bank @ torch.linalg.pinv(basis.flatten(1), rtol=1e-10)
 
 
 def _principal(bank: Tensor, count: int) -> Tensor:
     """The orthonormal basis (count, p) that loses least of a bank (m, p)."""
-    return torch.linalg.svd(bank, full_matrices=True).Vh[:count]
+    _, _, right = torch.linalg.svd(bank, full_matrices=True)
+    components: Tensor = right[:count]
+    return components
 
 
 def _by_svt(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
@@ -140,7 +145,8 @@ def _by_svt(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
         # Else s_k shrinks, its weights grow and nothing is thresholded any more.
         basis = basis / torch.linalg.vector_norm(basis, dim=2, keepdim=True).clamp(min=1e-30)
         threshold *= _RAISE
-    return basis.unflatten(2, shape[1:])
+    bases: Tensor = basis.unflatten(2, shape[1:])
+    return bases
 
 
 def _above_rank_1(basis: Tensor) -> bool:
@@ -148,69 +154,84 @@ def _above_rank_1(basis: Tensor) -> bool:
 
 
 def _by_cp(bank: Tensor, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Bases (starts, K, kh, kw) of rank 1 from canonical decompositions of the bank (m, p)."""
-    import tensorly
-    from tensorly.decomposition import parafac
-
+    """The basis (1, K, kh, kw) of rank 1 of the best canonical decomposition of the bank (m, p)."""
     count, kh, kw = shape
-    starts = []
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        for start in range(_STARTS):
-            _, (_, rows, columns) = parafac(
-                bank.reshape(-1, kh, kw), count, n_iter_max=200, init="random", tol=1e-7,
-                l2_reg=_PRICE, random_state=seed + start,
-            )  # fmt: skip
-            starts.append(rows.T[:, :, None] * columns.T[:, None, :])
-    return torch.stack(starts)
+    fit = cp_als(bank.reshape(-1, kh, kw), count, n_init=_STARTS, l2=_PRICE, seed=seed)
+    _, rows, columns = fit.factors
+    return (rows.T[:, :, None] * columns.T[:, None, :])[None]
 
 
-def _refined(bank: Array, start: Tensor) -> tuple[float, Array]:
-    """Gauss-Newton steps from the nearest separable basis, the weights being solved for.
+def _refined(bank: Tensor, start: Tensor) -> tuple[float, Tensor]:
+    """Levenberg-Marquardt steps from the nearest separable basis, the weights being solved for.
 
     Minimizes ``||R - w S||^2 + price ||w||^2`` over S of unit norm, w the best for each S: least
-    squares for R and K zeros more per filter with ``[S, sqrt(price) I]``. Its Jacobian is Kaufman's:
-    the change of S times w, projected off S (Golub, Pereyra, "Separable nonlinear least squares",
-    Inverse Problems 19, 2003).
+    squares for R and K zeros more per filter with ``[S, sqrt(price) I]``. The Jacobian is that of
+    Kaufman: the change of S times w, projected off S (Golub, Pereyra, "Separable nonlinear least
+    squares", Inverse Problems 19, 2003). Own steps, because `scipy.optimize.least_squares` differs
+    in bits from run to run ("lm") or stops where an SVD does not converge ("trf").
 
     Returns:
         The root of the minimum, and S (K, kh, kw).
     """
-    count, kh, kw = start.shape
     left, _, right = torch.linalg.svd(start, full_matrices=False)
-    first = torch.cat([left[:, :, 0].flatten(), right[:, 0].flatten()]).numpy()
-    # Never fewer residuals than unknowns, which MINPACK asks for; its QR also stands the directions
-    # along which only sizes change, where a singular value decomposition does not always converge.
-    wanted = np.zeros((kh * kw, kh * kw + count))
-    wanted[: len(bank), : kh * kw] = bank
+    units = (left[:, :, 0], right[:, 0])
+    wanted = torch.cat([bank, bank.new_zeros(len(bank), len(start))], 1)
+    error, slope, curve = _normal_equations(wanted, units)
+    damping = 1e-3
+    for _ in range(_EVALUATIONS):
+        # Sizes do not count: along them the curvature is 0, and only the damping is there.
+        floor = damping * curve.diagonal().max().clamp(min=1e-30) * torch.eye(len(curve)).double()
+        step = torch.linalg.solve(curve + floor, -slope)
+        cut = units[0].numel()
+        moved = (
+            _unit(units[0] + step[:cut].reshape_as(units[0])),
+            _unit(units[1] + step[cut:].reshape_as(units[1])),
+        )
+        after, new_slope, new_curve = _normal_equations(wanted, moved)
+        if after >= error:
+            if damping > 1e6:
+                break
+            damping *= 8
+            continue
+        gained = error - after
+        units, error, slope, curve = moved, after, new_slope, new_curve
+        damping = max(damping / 8, 1e-12)
+        if gained <= _ENOUGH * error:
+            break
+    return math.sqrt(error), units[0][:, :, None] * units[1][:, None, :]
 
-    def parts(x: Array) -> tuple[Array, Array, Array, Array, Array]:
-        rows, columns = x[: count * kh].reshape(count, kh), x[count * kh :].reshape(count, kw)
-        sizes = np.stack([np.linalg.norm(rows, axis=1), np.linalg.norm(columns, axis=1)])
-        rows, columns = rows / sizes[0, :, None], columns / sizes[1, :, None]
-        basis = (rows[:, :, None] * columns[:, None, :]).reshape(count, -1)
-        priced = np.concatenate([basis, np.sqrt(_PRICE) * np.eye(count)], 1)
-        return rows, columns, sizes, priced, np.linalg.pinv(priced)
 
-    def residual(x: Array) -> Array:
-        *_, priced, inverse = parts(x)
-        return np.asarray((wanted - wanted @ inverse @ priced).ravel())
+def _unit(vectors: Tensor) -> Tensor:
+    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return unit
 
-    def jacobian(x: Array) -> Array:
-        rows, columns, sizes, priced, inverse = parts(x)
-        weights = wanted @ inverse
-        off = (np.eye(priced.shape[1]) - inverse @ priced)[: kh * kw].reshape(kh, kw, -1)
-        by_row = np.einsum("kj,ijp->kip", columns, off)
-        by_column = np.einsum("ki,ijp->kjp", rows, off)
-        blocks = []
-        for unit, size, turn in zip((rows, columns), sizes, (by_row, by_column), strict=True):
-            along = np.einsum("ki,kip->kp", unit, turn)[:, None]
-            turn = (turn - unit[:, :, None] * along) / size[:, None, None]
-            blocks.append(np.einsum("mk,kip->mpki", weights, turn).reshape(wanted.size, -1))
-        return -np.concatenate(blocks, 1)
 
-    found: Any = least_squares(
-        residual, first, jacobian, method="lm", xtol=1e-8, ftol=1e-8, gtol=1e-14,
-        max_nfev=_EVALUATIONS,
-    )  # fmt: skip
-    rows, columns, *_ = parts(found.x)
-    return float(np.sqrt(2 * found.cost)), rows[:, :, None] * columns[:, None, :]
+def _normal_equations(
+    wanted: Tensor, units: tuple[Tensor, Tensor]
+) -> tuple[float, Tensor, Tensor]:
+    """Squared residual, and J^T r and J^T J for changes of the rows, then of the columns."""
+    (count, kh), kw = units[0].shape, units[1].shape[1]
+    basis = (units[0][:, :, None] * units[1][:, None, :]).flatten(1)
+    priced = torch.cat([basis, math.sqrt(_PRICE) * torch.eye(count).double()], 1)
+    inverse = torch.linalg.pinv(priced)
+    weights = wanted @ inverse
+    residual = wanted - weights @ priced
+    off = torch.eye(priced.shape[1]).double() - inverse @ priced
+    off = off[: kh * kw].reshape(kh, kw, -1)
+    blocks = []
+    for unit, turn in zip(
+        units,
+        (
+            torch.einsum("kj,ijp->kip", units[1], off),
+            torch.einsum("ki,ijp->kjp", units[0], off),
+        ),
+        strict=True,
+    ):
+        along = torch.einsum("ki,kip->kp", unit, turn)[:, None]
+        blocks.append((turn - unit[:, :, None] * along).flatten(0, 1))
+    turns = torch.cat(blocks)
+    owner = torch.cat([torch.arange(count).repeat_interleave(n) for n in (kh, kw)])
+    # J has one row per filter and position; its products need no more than w^T w and w^T r.
+    curve = (weights.T @ weights)[owner][:, owner] * (turns @ turns.T)
+    slope = -((weights.T @ residual)[owner] * turns).sum(1)
+    return float(residual.square().sum()), slope, curve
