@@ -139,8 +139,8 @@ def _kim(context: Context, model: nn.Module, speedup: float) -> None:
 
 
 def _circulant(context: Context, model: nn.Module, speedup: float) -> None:
-    # The weights of both layers shrink by k / d.
-    compact_maps_(model, *INNER[:1], "7", round(64 / speedup), calibration(context))
+    # The weights of both layers shrink by k / d; no pooling may stand between them.
+    compact_maps_(model, "0", "3", round(32 / speedup), calibration(context))
 
 
 JOBS = (
