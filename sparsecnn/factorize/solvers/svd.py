@@ -41,9 +41,8 @@ def _by_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     singular = values.flip(0).clamp(min=0).sqrt()
     u = vectors.flip(1)[:, :rank]
     root = singular[:rank].sqrt()
-    # u' A is S V': its rows are orthogonal, and no division by a small s is needed.
-    right = (u.T @ matrix) / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
-    return u * root, right, singular[rank:]
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    return u * root, inverse[:, None] * (u.T @ matrix), singular[rank:]
 
 
 def leading_left(matrix: Tensor, rank: int) -> Tensor:
