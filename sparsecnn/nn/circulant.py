@@ -60,12 +60,24 @@ class _Circulant(nn.Module):
                 f"{type(self).__name__}: expected channels an integer >= 1, got {channels!r}"
             )
         self.channels = channels
-        source = torch.Generator().manual_seed(seed)
+        if not isinstance(sign_flip, bool):
+            raise TypeError(
+                f"{type(self).__name__}: expected sign_flip a bool, got {sign_flip!r:.80}"
+            )
+        device = torch.get_default_device() if device is None else torch.device(device)
         kind: Any = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        if device.type == "meta":  # nothing is drawn: a file may ask for any size
+            self.weight = nn.Parameter(torch.empty(channels, **kind))
+            self.bias = nn.Parameter(torch.empty(channels, **kind)) if bias else None
+            self.register_buffer("signs", torch.empty(channels, **kind) if sign_flip else None)
+            return
+        source = torch.Generator().manual_seed(seed)
         # The variance of nn.Linear's initial weights: every entry of q stands in every row.
         bound = 1 / math.sqrt(channels)
-        signs = torch.randint(2, (channels,), generator=source) * 2 - 1
-        drawn = (2 * torch.rand(2, channels, generator=source, dtype=torch.float64) - 1) * bound
+        # On the CPU, whatever device is the default: the same numbers everywhere.
+        cpu: Any = {"generator": source, "device": "cpu"}
+        signs = torch.randint(2, (channels,), **cpu) * 2 - 1
+        drawn = (2 * torch.rand(2, channels, dtype=torch.float64, **cpu) - 1) * bound
         self.weight = nn.Parameter(drawn[0].to(**kind))
         self.bias = nn.Parameter(drawn[1].to(**kind)) if bias else None
         self.register_buffer("signs", signs.to(**kind) if sign_flip else None)

@@ -21,8 +21,11 @@ from sparsecnn.nn import (
     SPARSE_LAYERS,
     ChainConv2d,
     DepthwiseConv2d,
+    FactorizedConv2d,
+    FactorizedLinear,
     FusedConv2d,
     PatternConv2d,
+    PermuteChannels,
     PointwiseConv2d,
     ResidualBlock,
     WinogradConv2d,
@@ -30,12 +33,24 @@ from sparsecnn.nn import (
 from sparsecnn.nn._common import check_activation
 from sparsecnn.nn._packed import PackedLayer
 from sparsecnn.nn.chain import ChainStageWeights
+from sparsecnn.nn.circulant import CirculantLinear, CirculantPointwise
+from sparsecnn.nn.factorized import is_permutation
 from sparsecnn.nn.microbatch import has_own_forward
 
 CONTAINERS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (nn.Sequential, nn.ModuleList, nn.ModuleDict, ChainConv2d, ResidualBlock)
+    for cls in (
+        nn.Sequential, nn.ModuleList, nn.ModuleDict, ChainConv2d, ResidualBlock, FactorizedConv2d,
+        FactorizedLinear,
+    )
+}  # fmt: skip
+# Arguments of containers; the modules inside are records of their own.
+_CONTAINER_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "ChainConv2d": ("residual",),
+    "FactorizedConv2d": ("method", "ranks", "groups"),
+    "FactorizedLinear": ("method", "ranks"),
 }
+FACTORIZED = {"FactorizedConv2d", "FactorizedLinear"}
 _TORCH_LAYERS = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d,
@@ -69,6 +84,9 @@ LAYERS: dict[str, type[nn.Module]] = {
     "ChainStageWeights": ChainStageWeights,
     "DepthwiseConv2d": DepthwiseConv2d,
     "PointwiseConv2d": PointwiseConv2d,
+    "PermuteChannels": PermuteChannels,
+    "CirculantLinear": CirculantLinear,
+    "CirculantPointwise": CirculantPointwise,
     **PACKED_LAYERS,
 }
 ALLOWED: dict[str, type[nn.Module]] = {**CONTAINERS, **LAYERS}
@@ -81,7 +99,9 @@ _DENSE_OF: dict[str, type[nn.Module]] = {
     "WinogradConv2d": nn.Conv2d,
 }
 # Arguments that only say where and how tensors are made, and two deprecated spellings.
-_NOT_STORED = {"self", "device", "dtype", "min_value", "max_value"}
+_NOT_STORED = {"self", "device", "dtype", "seed", "min_value", "max_value"}
+# Arguments that say whether a tensor is there, and its name.
+_PRESENCE = {"bias": "bias", "sign_flip": "signs"}
 # Arguments that do not change what a layer computes in evaluation mode.
 COSMETIC = {"inplace", "p", "momentum"}
 
@@ -90,7 +110,7 @@ COSMETIC = {"inplace", "p", "momentum"}
 def _argument_names(name: str) -> tuple[str, ...]:
     """Constructor arguments of an allowed type that a file stores; also its attributes' names."""
     if name in CONTAINERS:
-        return ("residual",) if name == "ChainConv2d" else ()
+        return _CONTAINER_ARGUMENTS.get(name, ())
     if name == "ChainStageWeights":  # of the convolution it is made from; always padded with zeros
         return (*(n for n in _argument_names("Conv2d") if n != "padding_mode"), "activation")
     if name == "FusedConv2d":  # its own signature is *args, **kwargs
@@ -123,10 +143,9 @@ def arguments_of(module: nn.Module) -> dict[str, Any] | None:
         return None
     arguments: dict[str, Any] = {}
     for argument in _argument_names(name):
-        if not hasattr(module, argument):
+        if not hasattr(module, _PRESENCE.get(argument, argument)):
             return None
-        value = getattr(module, argument)
-        arguments[argument] = value is not None if argument == "bias" else value
+        arguments[argument] = _argument(module, argument)
         if not is_storable(arguments[argument]):
             return None
     if name in PACKED_LAYERS:
@@ -136,6 +155,14 @@ def arguments_of(module: nn.Module) -> dict[str, Any] | None:
     except ValueError:
         return None
     return arguments if _shapes(fresh) == _shapes(module) else None
+
+
+def _argument(module: nn.Module, argument: str) -> Any:
+    """The value of a constructor argument, None where the module has no such."""
+    tensor = _PRESENCE.get(argument)
+    if tensor is not None:
+        return getattr(module, tensor, None) is not None
+    return getattr(module, argument, None)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -284,7 +311,8 @@ def replacement_obstacle(
     layer, a layer without tensors that of a batch norm with an activation of its own; a
     ``Sequential`` that of a linear layer (a densified one with its activation). A chain takes the
     place of its first convolution and ``Identity`` that of the others; a block that of any module
-    with layers inside.
+    with layers inside. A factorized layer takes the place of its like, whatever its stages: what
+    they compute is compared when they are built, by `ends_obstacle`.
     """
     is_conv = isinstance(old, _CONV_TYPES)
     is_linear = isinstance(old, (nn.Linear, SPARSE_LAYERS["CSRLinear"]))
@@ -294,12 +322,25 @@ def replacement_obstacle(
         geometry = _CONV_GEOMETRY
     elif name in _LINEARS and is_linear:
         geometry = _LINEAR_GEOMETRY
+    elif name == "CirculantPointwise" and is_conv:
+        channels = arguments.get("channels")
+        arguments = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
+        arguments |= {"in_channels": channels, "out_channels": channels}
+        geometry = tuple(arguments)
+    elif name == "CirculantLinear" and is_linear:
+        channels = arguments.get("channels")
+        arguments = {"in_features": channels, "out_features": channels}
+        geometry = _LINEAR_GEOMETRY
+    elif name == "FactorizedConv2d" and is_conv:
+        geometry = ("groups",)
     elif not (
         (name == "ChainConv2d" and is_conv)
         or (name in ("ChainConv2d", "ResidualBlock") and old._modules)
         or (name == "Identity" and is_conv and has_chains)
         or (name == "Identity" and not (is_conv or is_linear or type(old) in _CONTAINER_TYPES))
         or (name == "Sequential" and is_linear)
+        or (name == "FactorizedLinear" and is_linear)
+        or (name in FACTORIZED and type(old) is ALLOWED[name])
         or (name in LAYERS and not has_tensors and is_norm)
     ):
         return f"the file has {name}, the model {type(old).__name__}"
@@ -313,8 +354,41 @@ def replacement_obstacle(
 def argument_difference(arguments: Mapping[str, Any], module: nn.Module) -> str | None:
     """First argument in which a module of the same type differs from the file, in words."""
     for argument, want in arguments.items():
-        got = getattr(module, argument, None)
-        got = got is not None if argument == "bias" else got
+        got = _argument(module, argument)
         if argument not in COSMETIC and _tupled(want) != _tupled(got):
             return f"the file has {argument} {_tupled(want)}, the model {got}"
+    return None
+
+
+def ends_obstacle(new: nn.Module, old: nn.Module) -> str | None:
+    """Why a factorized layer of a file must not take the place of ``old``; None when it may."""
+    want, got = _ends(new), _ends(old)
+    for name in sorted(set(want) | set(got)):
+        if want.get(name) != got.get(name):
+            title = type(new).__name__
+            return f"the file has {title} with {name} {want.get(name)}, the model {got.get(name)}"
+    return None
+
+
+def _ends(module: nn.Module) -> dict[str, Any]:
+    """Channels or features at both ends of the layers in a row, and the product of the strides."""
+    ends: dict[str, Any] = {}
+    for layer in module.modules():
+        for first, last in (("in_channels", "out_channels"), ("in_features", "out_features")):
+            if hasattr(layer, first):
+                ends.setdefault("inputs", getattr(layer, first))
+                ends["outputs"] = getattr(layer, last)
+                high, wide = ends.get("stride", (1, 1))
+                down, right = getattr(layer, "stride", (1, 1))
+                ends["stride"] = (high * down, wide * right)
+    return ends
+
+
+def value_obstacle(module: nn.Module, name: str, tensor: Tensor) -> str | None:
+    """What a layer cannot compute with in a tensor of the right shape; None when it can."""
+    if isinstance(module, PermuteChannels) and not is_permutation(tensor):
+        return f"a permutation in int64, got {tensor.dtype} {tensor.tolist()!r:.60}"
+    if name == "signs" and isinstance(module, (CirculantLinear, CirculantPointwise)):
+        if not bool((tensor.abs() == 1).all()):
+            return f"1 or -1 everywhere, got {tensor.tolist()!r:.60}"
     return None

@@ -209,15 +209,21 @@ def _decide(
     if same_type and record.type not in _layers.PACKED_LAYERS:
         difference = _layers.argument_difference(record.args, old)
         same_names = set(_layers.own_tensors(old)) == names
-        if record.type in _layers.CONTAINERS or (difference is None and same_names):
+        refactorized = record.type in _layers.FACTORIZED and difference is not None
+        if record.type in _layers.CONTAINERS and not refactorized:
             return None
-        if not isinstance(old, (nn.Conv2d, nn.Linear)):
+        if difference is None and same_names:
+            return None
+        if not isinstance(old, (nn.Conv2d, nn.Linear)) and not refactorized:
             raise ValueError(difference or f"the file has tensors {sorted(names)}")
     has_chains = any(r.type == "ChainConv2d" for r in contents.manifest.modules)
     obstacle = _layers.replacement_obstacle(record.type, record.args, bool(names), old, has_chains)
     if obstacle is not None:
         raise ValueError(obstacle)
-    return _build_tree(contents, record.path)
+    new = _build_tree(contents, record.path)
+    if record.type in _layers.FACTORIZED and (obstacle := _layers.ends_obstacle(new, old)):
+        raise ValueError(obstacle)
+    return new
 
 
 def _build_tree(contents: Contents, top: str) -> nn.Module:
@@ -323,6 +329,8 @@ def _check_shapes(slots: Mapping[str, tuple[nn.Module, str]], contents: Contents
             problems.append(f"{key} {tuple(new.shape)} for {tuple(old.shape)}")
         elif old.is_floating_point() != new.is_floating_point():
             problems.append(f"{key} of {new.dtype} for {old.dtype}")
+        elif wrong := _layers.value_obstacle(module, name, new):
+            raise ValueError(f"load: expected {key} {wrong}")
     if problems:
         raise ValueError(
             f"load: expected tensors of the model's shapes, the file has {_listed(problems)}"

@@ -239,6 +239,9 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "PixelUnshuffle": (2,),
     "Softmax": (1,),
     "LogSoftmax": (1,),
+    "CirculantLinear": (5,),
+    "CirculantPointwise": (6, False),
+    "PermuteChannels": (4,),
     "Unflatten": (1, (2, 3)),
     "Upsample": (None, 2.0, "bilinear", False),
 }
