@@ -19,6 +19,8 @@ from sparsecnn.measure import count_macs
 METHODS_FOR_CONVS = sorted(
     name for name, make in METHODS.items() if not make().needs_data and name != "fc_svd"
 )
+# The same chain as "cp" by a slower solver, which has its own tests.
+SOLVED_QUICKLY = [name for name in METHODS_FOR_CONVS if name != "cp_nls"]
 UNGROUPED = {"mono", "bicluster_outer", "bicluster_svd"}
 # One colour per filter: exact only where each filter reads one direction of the channels. Its own
 # tests plant such filters.
@@ -102,7 +104,7 @@ def low(method: str, conv: nn.Module) -> tuple[int, ...]:
     return tuple(max(1, r // 4) for r in full_ranks(method, conv))
 
 
-@pytest.mark.parametrize("method", METHODS_FOR_CONVS)
+@pytest.mark.parametrize("method", SOLVED_QUICKLY)
 @pytest.mark.parametrize("groups", ["1", "2"])
 def test_low_rank_is_the_layer_of_its_dense_weight(method, groups):
     if groups != "1" and method in UNGROUPED:
@@ -136,7 +138,7 @@ def test_low_rank_is_the_layer_of_its_dense_weight(method, groups):
                 assert not torch.allclose(weight, conv.weight, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS_FOR_CONVS)
+@pytest.mark.parametrize("method", SOLVED_QUICKLY)
 def test_macs_and_params_are_the_counted_ones(method):
     for stride, padding in ((1, 1), (2, 1), ((2, 1), 2)):
         conv = layer((3, 5), stride, padding, 1, "1", False, "zeros")
@@ -159,7 +161,7 @@ def test_a_strided_pointwise_layer_subsamples_first(method):
     assert [m.bias is not None for m in convs] == [False] * (len(convs) - 1) + [True]
 
 
-@pytest.mark.parametrize("method", METHODS_FOR_CONVS)
+@pytest.mark.parametrize("method", SOLVED_QUICKLY)
 def test_copies_states_traces_and_layouts(method):
     conv = layer(3, 1, 1, 1, "1", True, "zeros")
     x = image()
@@ -177,7 +179,7 @@ def test_copies_states_traces_and_layouts(method):
     torch.testing.assert_close(chain(x.to(memory_format=torch.channels_last)), wanted)
 
 
-@pytest.mark.parametrize("method", METHODS_FOR_CONVS)
+@pytest.mark.parametrize("method", SOLVED_QUICKLY)
 def test_same_seed_same_bits_and_gradients_reach_the_input(method):
     conv = layer(3, 1, 1, 1, "1", True, "zeros")
     a, b = (factorize(conv, method, low(method, conv), seed=3) for _ in range(2))
@@ -199,8 +201,8 @@ def test_error_falls_with_the_rank():
         if len(full_ranks(method, conv)) > 1 or method in UNGROUPED:
             continue
         errors = [
-            float((factorize(conv, method, r).dense_weight() - conv.weight).norm())
-            for r in sorted({1, full // 2 or 1, full})
+            float((factorize(conv, method, r).dense_weight() - conv.weight.detach()).norm())
+            for r in sorted({1, full // 4 or 1, full})
         ]
         assert all(a >= b - 1e-9 for a, b in itertools.pairwise(errors)), method
         assert errors[-1] < 1e-9
