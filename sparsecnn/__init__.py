@@ -1,12 +1,14 @@
 """sparsecnn: make a trained PyTorch CNN smaller and measurably faster, without leaving PyTorch.
 
-The verbs ``prune`` and ``accelerate`` (and their in-place forms with a trailing underscore) are
-functions of this package; the modules of the same names hold the parts they are made of.
+The verbs ``prune``, ``factorize`` and ``accelerate`` (and their in-place forms with a trailing
+underscore) are functions of this package; the modules of the same names hold the parts they are
+made of.
 """
 
 from sparsecnn import formats, measure, nn, ops, storage
 from sparsecnn._library import build_info, isa, set_isa, supported_isas
 from sparsecnn.accelerate import accelerate, accelerate_, densify, densify_
+from sparsecnn.factorize import Factorize, Latency, TargetSpeedup, factorize, factorize_
 from sparsecnn.formats import CSRWeight, PatternWeight, WinogradWeight
 from sparsecnn.materialize import materialize
 from sparsecnn.measure import Report
@@ -33,6 +35,8 @@ __all__ = [
     "NM",
     "Budget",
     "CSRWeight",
+    "Factorize",
+    "Latency",
     "Magnitude",
     "OneShot",
     "PatternWeight",
@@ -41,6 +45,7 @@ __all__ = [
     "Random",
     "Report",
     "SparsityReport",
+    "TargetSpeedup",
     "TopK",
     "WinogradWeight",
     "accelerate",
@@ -48,6 +53,8 @@ __all__ = [
     "build_info",
     "densify",
     "densify_",
+    "factorize",
+    "factorize_",
     "find_targets",
     "formats",
     "isa",

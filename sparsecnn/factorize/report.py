@@ -112,12 +112,12 @@ class FactorizeReport:
         table = Table(title=title)
         for heading in ("layer", "method"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("ranks", "of", "weight", "response", "MACs", "params", "us", "convs"):
+        headings = ("ranks", "of", "weight", "response", "MACs", "params", "us", "convs", "chain")
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("chain", justify="right", no_wrap=True)
         for r in self.layers:
             if r.reason:
-                table.add_row(r.name, r.method, r.reason, end_section=False)
+                table.add_row(r.name, r.method, "dense")
                 continue
             table.add_row(
                 r.name, r.method, _ranks(r.ranks), _ranks(r.full_ranks), f"{r.weight_error:.3f}",
@@ -133,7 +133,8 @@ class FactorizeReport:
             f"({self.dense_macs / max(self.macs, 1):.2f}x), weights {self.dense_params:,} > "
             f"{self.params:,} ({self.dense_params / max(self.params, 1):.2f}x)"
         )
-        return "\n".join([capture.get().rstrip(), total, *self.notes])
+        kept = [f"{r.name} stays dense: {r.reason}" for r in self.layers if r.reason]
+        return "\n".join([capture.get().rstrip(), total, *kept, *self.notes])
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
