@@ -9,6 +9,7 @@ from sparsecnn.nn.depthwise import DepthwiseConv2d
 from sparsecnn.nn.factorized import FactorizedConv2d, FactorizedLinear, PermuteChannels
 from sparsecnn.nn.fused import FusedConv2d
 from sparsecnn.nn.layout import apply_layout_
+from sparsecnn.nn.lowrank import LowRankConvBN
 from sparsecnn.nn.microbatch import microbatch_
 from sparsecnn.nn.pattern import PatternConv2d
 from sparsecnn.nn.pointwise import PointwiseConv2d
@@ -30,6 +31,7 @@ __all__ = [
     "FactorizedConv2d",
     "FactorizedLinear",
     "FusedConv2d",
+    "LowRankConvBN",
     "PatternConv2d",
     "PermuteChannels",
     "PointwiseConv2d",
