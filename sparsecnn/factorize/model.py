@@ -98,14 +98,20 @@ def factorize_(
         model, example_inputs, list(calib) if calib is not None else None, chosen,
         named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
     )  # fmt: skip
-    run.prepare()
-    with progress_bar(progress, "factorize", len(chosen)) as tick:
-        if order == "one_shot":
-            run.one_shot(tick)
-            if finetune is not None and run.replaced:
-                finetune(model, "")
-        else:
-            run.layerwise(tick, finetune)
+    try:
+        run.prepare()
+        with progress_bar(progress, "factorize", len(chosen)) as tick:
+            if order == "one_shot":
+                run.one_shot(tick)
+            else:
+                run.layerwise(tick, finetune)
+    except BaseException:
+        if not run.replaced:  # nothing is half done: batch norms that were folded come back
+            for undo in reversed(run.undo):
+                undo()
+        raise
+    if order == "one_shot" and finetune is not None and run.replaced:
+        finetune(model, "")
     if recalibrate and run.replaced and finetune is None:
         run.recalibrate()
     return run.report
@@ -139,6 +145,7 @@ class _Run:
         self.asymmetric = asymmetric
         self.report = FactorizeReport()
         self.replaced: list[str] = []
+        self.undo: list[Callable[[], None]] = []
         self.sites: dict[str, Site] = {}
         self.global_ranks: dict[str, tuple[int, ...]] = {}
         self.reference: nn.Module | None = None
@@ -148,7 +155,9 @@ class _Run:
         sites = {site.name: site for site in survey(self.model, self.example_inputs)}
         for name, config in self.chosen.items():
             if method_of(config.method).needs_data and not sites[name].obstacle:
-                if fold_norm_(self.model, sites[name], self.example_inputs):
+                undo = fold_norm_(self.model, sites[name], self.example_inputs)
+                if undo is not None:
+                    self.undo.append(undo)
                     self.report.notes.append(f"folded {sites[name].norm} into {name}")
         self.sites = {s.name: s for s in survey(self.model, self.example_inputs)}
         if self.reconstruct or self.asymmetric:
@@ -229,9 +238,11 @@ class _Run:
             raise UnsupportedLayer(f"factorize_: {name}: {site.obstacle}")
         x = site.inputs
         assert x is not None
-        hw = (int(x.shape[-2]), int(x.shape[-1])) if x.dim() == 4 else None
+        conv = not isinstance(site.module, nn.Linear)
+        hw = (int(x.shape[-2]), int(x.shape[-1])) if conv and x.dim() > 2 else None
+        batch = int(x.shape[0]) if x.dim() == (4 if conv else 2) else 1
         return LayerProblem.of(
-            site.module, in_hw=hw, batch=int(x.shape[0]) if x.dim() > 1 else 1,
+            site.module, in_hw=hw, batch=batch,
             moments=(moments or {}).get(name), seed=self.seed, name=name,
         )  # fmt: skip
 

@@ -45,13 +45,6 @@ class LayerReport:
     chain_us: float | None = None
     reason: str = ""
 
-    @property
-    def best_us(self) -> float:
-        """The faster form of the stages; the layer itself where it stayed dense."""
-        if self.reason:
-            return self.dense_us
-        return self.convs_us if self.chain_us is None else min(self.convs_us, self.chain_us)
-
 
 @dataclass
 class FactorizeReport:

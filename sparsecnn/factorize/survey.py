@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,17 +141,20 @@ def _watch(
 
 
 @torch.no_grad()
-def fold_norm_(model: nn.Module, site: Site, example_inputs: Tensor | Sequence[Any]) -> bool:
+def fold_norm_(
+    model: nn.Module, site: Site, example_inputs: Tensor | Sequence[Any]
+) -> Callable[[], None] | None:
     """Fold the batch norm behind a layer into it, in place; proven by a forward pass.
 
     Returns:
-        Whether it was folded. It is not where another module reads what the layer returns.
+        What undoes it; None where it was not folded, because another module reads what the layer
+        returns, or there is no batch norm.
 
     Raises:
         UnsupportedLayer: the batch norm keeps no statistics.
     """
     if not site.norm:
-        return False
+        return None
     norm = model.get_submodule(site.norm)
     conv = site.module
     assert isinstance(norm, _BatchNorm)
@@ -172,17 +175,21 @@ def fold_norm_(model: nn.Module, site: Site, example_inputs: Tensor | Sequence[A
     conv.weight = nn.Parameter(weight * scale.view(shape), requires_grad=weight.requires_grad)
     conv.bias = nn.Parameter(shift.detach().clone())
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is norm]
+
+    def undo() -> None:
+        conv.weight, conv.bias = weight, bias
+        for name in names:
+            set_module(model, name, norm)
+
     for name in names:
         set_module(model, name, nn.Identity())
     with evaluating(model):
         got = model(*arguments)
     size = float(wanted.abs().max()) if isinstance(wanted, Tensor) else 0.0
     if isinstance(wanted, Tensor) and float((got - wanted).abs().max()) <= 1e-4 * max(size, 1.0):
-        return True
-    conv.weight, conv.bias = weight, bias
-    for name in names:
-        set_module(model, name, norm)
-    return False
+        return undo
+    undo()
+    return None
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -112,7 +112,7 @@ def test_low_rank_is_the_layer_of_its_dense_weight(method, groups):
     x = image()
     for kernel in (1, (3, 5)):
         # The factors do not depend on the geometry: a few of them, each kind once.
-        for conv in list(geometries(kernel, groups))[::17]:
+        for conv in list(geometries(kernel, groups))[::37]:
             chain = factorize(conv, method, low(method, conv), in_hw=HW)
             weight = chain.dense_weight()
             assert weight.shape == conv.weight.shape

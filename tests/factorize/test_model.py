@@ -259,6 +259,15 @@ def test_zhang_folds_the_batch_norm_and_sees_what_the_relu_sees():
     torch.testing.assert_close(model(X), wanted, rtol=0, atol=1e-3)
 
 
+def test_a_failing_pass_brings_the_folded_batch_norms_back():
+    model = net()
+    wanted = model(X)
+    with pytest.raises(ValueError, match="conv1: expected a target within reach"):
+        run(model, Factorize("zhang", TargetSpeedup(500)), calib=CALIB)
+    assert isinstance(model.bn1, nn.BatchNorm2d) and model.conv2.bias is None
+    assert torch.equal(model(X), wanted)
+
+
 def test_sensitivity_gives_the_rank_to_the_layer_that_needs_it():
     def evaluate(network):
         # Only the first layer counts here.
