@@ -74,7 +74,8 @@ def measure(name: str, console: Console, methods: Sequence[str]) -> list[dict[st
         for layout in layouts:
             placed = network
             if layout is torch.channels_last:
-                placed = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
+                placed = copy.deepcopy(network)
+                placed.to(memory_format=layout)  # type: ignore[call-overload]
             data = x.contiguous(memory_format=layout)
             fns[f"{label}/{layout}"] = lambda m=placed, d=data: m(d)  # type: ignore[misc]
     stats = time_interleaved(fns, runs=25, warmup=3)

@@ -76,5 +76,6 @@ def test_factors_carry_what_the_network_knows(method, trained, digits):
     recalibrate_batchnorm(noise, calib)  # as factorize_ does
     before = accuracy(model, digits)
     assert before > accuracy(noise, digits) + 0.2
-    fit(model, digits, 2, 0.01)
+    for rate in (0.03, 0.003):
+        fit(model, digits, 3, rate)
     assert accuracy(model, digits) > accuracy(trained, digits) - 0.02
