@@ -26,6 +26,7 @@ from sparsecnn.factorize.solvers.response import (
     zhang_nonlinear,
 )
 from sparsecnn.factorize.solvers.svd import svd_truncate, vh_matrix
+from sparsecnn.factorize.timing import placeholder
 
 N = 3000
 
@@ -309,12 +310,15 @@ def test_zhang_beats_weights_and_the_linear_map_on_data(groups: int) -> None:
     layer, x = conv(groups, padding=1), images()
     found = moments(layer, x)
 
-    def loss(method: object) -> float:
-        chain = factorize(layer, method, 2, data=found)  # type: ignore[arg-type]
+    def loss(chain: nn.Module) -> float:
         return float((chain(x).relu() - layer(x).relu()).detach().square().mean())
 
-    weights, linear, nonlinear = loss("channel_svd"), loss(Zhang(nonlinear=False)), loss(Zhang())
-    assert nonlinear < linear < 0.7 * weights
+    weights, linear, nonlinear = (
+        loss(factorize(layer, method, 2, data=found))
+        for method in (ChannelSVD(), Zhang(nonlinear=False), Zhang())
+    )
+    noise = loss(placeholder(LayerProblem.of(layer), ChannelSVD(), (2,)))
+    assert nonlinear < linear < 0.7 * weights < 0.7 * noise
 
 
 def test_zhang_uses_the_data() -> None:
