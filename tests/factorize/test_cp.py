@@ -15,6 +15,7 @@ from sparsecnn.factorize.method import chain_macs
 from sparsecnn.factorize.methods.cp import CP, CPNLS, CPTPM
 from sparsecnn.factorize.problem import relative_error
 from sparsecnn.factorize.solvers import cp_nls as nls_module
+from sparsecnn.factorize.solvers import cp_tensor
 from sparsecnn.factorize.solvers.cp import cp_als, cp_als_batch, cp_exact, guarded
 from sparsecnn.factorize.solvers.cp_nls import cp_nls
 from sparsecnn.factorize.solvers.cp_power import cp_tpm
@@ -206,7 +207,7 @@ def test_als_spectral_start_is_exact_at_full_rank():
 
 def test_als_of_a_large_tensor_has_one_start_and_few_sweeps(monkeypatch):
     x = normal(9, 7, 3, 3)
-    monkeypatch.setattr("sparsecnn.factorize.solvers.cp_tensor._SMALL", x.numel())
+    monkeypatch.setattr(cp_tensor, "_SMALL", x.numel())
     first, second = cp_als(x, 4, seed=1), cp_als(x, 4, seed=2)
     assert torch.equal(first.weights, second.weights)
     wanted = cp_als(x, 4, n_init=0, max_iter=30)
@@ -226,7 +227,7 @@ def test_als_also_starts_from_the_power_method(monkeypatch):
     x = normal(6, 5, 3, 3, seed=4)
     tpm = cp_tpm(x, 2).relative_error(x)
     assert cp_als(x, 2, n_init=0).relative_error(x) <= tpm
-    monkeypatch.setattr("sparsecnn.factorize.solvers.cp_tensor._SMALL", 0)
+    monkeypatch.setattr(cp_tensor, "_SMALL", 0)
     assert cp_als(x, 2, n_init=0, max_iter=300).relative_error(x) > 1.01 * tpm
 
 

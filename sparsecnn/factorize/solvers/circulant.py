@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from sparsecnn.nn.circulant import circulant
@@ -111,6 +110,8 @@ def _minimum(
     function: Callable[..., tuple[float, Array]], start: Array, arguments: tuple[object, ...]
 ) -> tuple[Array, float]:
     """The local minimum that L-BFGS finds, and its value."""
+    from scipy.optimize import minimize  # starts threads when imported
+
     if not start.size:  # d <= 2 has no free angle
         return start, function(start, *arguments)[0]
     found = minimize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _STARTS = 8
@@ -40,6 +39,8 @@ def balanced_assignment(cost: Tensor) -> Tensor:
         stand_ins = np.full((idle, items - rest), np.inf)
         places = np.block([[places, cost.numpy()], [stand_ins, np.zeros((idle, clusters))]])
         owners = np.concatenate([owners, np.arange(clusters)])
+    from scipy.optimize import linear_sum_assignment  # starts threads when imported
+
     _, chosen = linear_sum_assignment(places)
     return torch.from_numpy(owners[chosen[:items]])
 

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -129,6 +128,8 @@ def _tbar(alpha: float) -> float:
     2.5129 sqrt(alpha) is exact for square matrices only and 11 % off at alpha = 0.01. Phi falls,
     from 1/2 at 0, so that the sum is positive at t = alpha (Phi(1) > 0) and negative at 3.
     """
+    from scipy.optimize import brentq  # starts threads when imported
+
     return float(brentq(lambda t: _phi(t) + _phi(t / alpha), alpha, 3.0, xtol=1e-15, rtol=1e-14))
 
 
@@ -143,6 +144,8 @@ def _xbar(alpha: float) -> float:
 
 def _noise(g: Array, columns: int, alpha: float, bound: float) -> float:
     """The variance of least free energy; g descending with g[0] = 1."""
+    from scipy.optimize import minimize_scalar
+
     rows = len(g)
     energy = g**2
     # More components than `most` cannot be told from noise: the rest bounds s from below.
