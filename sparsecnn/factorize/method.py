@@ -117,6 +117,22 @@ class Method(ABC):
         return tuple(max(1, min(rank, full)) for rank, full in pairs)
 
 
+def separable_stages(p: LayerProblem, count: int, *, fixed: bool = False) -> list[Stage]:
+    """`count` separable filters on every channel, then 1x1: kh x 1, 1 x kw, S count -> T.
+
+    Args:
+        p: the layer.
+        count: filters per channel.
+        fixed: the filters are a basis that is not trained.
+    """
+    wide = p.S * count
+    return [
+        Stage(p.S, wide, (p.kh, 1), p.S, "h", fixed),
+        Stage(wide, wide, (1, p.kw), wide, "w", fixed),
+        Stage(wide, p.T),
+    ]
+
+
 METHODS: dict[str, Callable[[], Method]] = {}
 
 

@@ -95,7 +95,7 @@ def factorize_(
             "batches of inputs"
         )
     run = _Run(
-        model, example_inputs, list(calib) if calib is not None else None, chosen,
+        model, example_inputs, sites, list(calib) if calib is not None else None, chosen,
         named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
     )  # fmt: skip
     try:
@@ -124,6 +124,7 @@ class _Run:
         self,
         model: nn.Module,
         example_inputs: Tensor | Sequence[Any],
+        sites: Sequence[Site],
         calib: list[Tensor | tuple[Any, ...]] | None,
         chosen: dict[str, Factorize],
         named: frozenset[str],
@@ -146,20 +147,18 @@ class _Run:
         self.report = FactorizeReport()
         self.replaced: list[str] = []
         self.undo: list[Callable[[], None]] = []
-        self.sites: dict[str, Site] = {}
+        self.sites = {site.name: site for site in sites}
         self.global_ranks: dict[str, tuple[int, ...]] = {}
         self.reference: nn.Module | None = None
 
     def prepare(self) -> None:
         """Fold what must be folded, copy what must be kept, rank what is ranked together."""
-        sites = {site.name: site for site in survey(self.model, self.example_inputs)}
         for name, config in self.chosen.items():
-            if method_of(config.method).needs_data and not sites[name].obstacle:
-                undo = fold_norm_(self.model, sites[name], self.example_inputs)
+            if method_of(config.method).needs_data and not self.sites[name].obstacle:
+                undo = fold_norm_(self.model, self.sites[name], self.example_inputs)
                 if undo is not None:
                     self.undo.append(undo)
-                    self.report.notes.append(f"folded {sites[name].norm} into {name}")
-        self.sites = {s.name: s for s in survey(self.model, self.example_inputs)}
+                    self.report.notes.append(f"folded {self.sites[name].norm} into {name}")
         if self.reconstruct or self.asymmetric:
             self.reference = copy.deepcopy(self.model).eval()
         groups: dict[Factorize, list[str]] = {}

@@ -12,7 +12,8 @@ from sparsecnn.factorize import METHODS, Factorize, LayerProblem, TargetSpeedup,
 from sparsecnn.factorize.timing import placeholder
 from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 
-datasets = pytest.importorskip("sklearn.datasets")
+from ..digits import accuracy, fit, load
+
 INNER = {"3": (8, 8), "7": (4, 4)}
 """The layers that are factorized, and the sizes of their maps."""
 CONVS = sorted(name for name in METHODS if name not in ("fc_svd", "cp_nls"))
@@ -20,31 +21,7 @@ CONVS = sorted(name for name in METHODS if name not in ("fc_svd", "cp_nls"))
 
 @pytest.fixture(scope="module")
 def digits():
-    """Train and test images (N, 1, 8, 8) in [0, 1] with labels; 25 % for testing."""
-    data = datasets.load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(data.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    cut = len(y) // 4
-    return x[order[cut:]], y[order[cut:]], x[order[:cut]], y[order[:cut]]
-
-
-def fit(model, digits, epochs, rate):
-    x, y, _, _ = digits
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    source = torch.Generator().manual_seed(1)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(y), generator=source).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(model, digits):
-    _, _, x, y = digits
-    return (model.eval()(x).argmax(1) == y).double().mean().item()
+    return load()
 
 
 @pytest.fixture(scope="module")

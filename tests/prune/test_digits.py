@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from sparsecnn import data
 from sparsecnn.prune import (
@@ -28,40 +27,13 @@ from sparsecnn.prune import (
     sparsity,
 )
 
+from ..digits import accuracy, fit, load
 from .nets import digits_net
-
-datasets = pytest.importorskip("sklearn.datasets")
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """Train and test images (N, 1, 8, 8) in [0, 1] with labels; 25 % for testing."""
-    data = datasets.load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(data.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    cut = len(y) // 4
-    return x[order[cut:]], y[order[cut:]], x[order[:cut]], y[order[:cut]]
-
-
-def fit(model, digits, epochs, pruner=None):
-    x, y, _, _ = digits
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    if pruner is not None:
-        pruner.attach(optimizer)
-    source = torch.Generator().manual_seed(1)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(y), generator=source).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(model, digits):
-    _, _, x, y = digits
-    return (model.eval()(x).argmax(1) == y).double().mean().item()
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +147,7 @@ def test_gradual_pruning_recovers_what_one_shot_loses(trained, digits):
     at_once = prune(trained, Magnitude(sparsity=0.9))
     model = copy.deepcopy(trained)
     pruner = Pruner(model, importance=Magnitude(sparsity=0.9), schedule=Polynomial(0, 60, 10))
-    fit(model, digits, 12, pruner)
+    fit(model, digits, 12, pruner=pruner)
     model = pruner.finalize()
     for entry in sparsity(model).layers[:-1]:
         assert entry.element == pytest.approx(0.9, abs=0.5 / entry.elements + 1e-9)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..dct import dct2d_separable, dct_matrix, zigzag
-from ..method import Factors, Method, Stage, register_method
+from ..method import Factors, Method, Stage, register_method, separable_stages
 from ..problem import LayerProblem
 
 Keep = Literal["zigzag", "energy"]
@@ -45,12 +45,7 @@ class DCT(Method):
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
         """Two depthwise ones and a learned 1x1."""
-        wide = p.S * ranks[0]
-        return [
-            Stage(p.S, wide, (p.kh, 1), p.S, "h", fixed=True),
-            Stage(wide, wide, (1, p.kw), wide, "w", fixed=True),
-            Stage(wide, p.T),
-        ]
+        return separable_stages(p, ranks[0], fixed=True)
 
     def _ordered(self, p: LayerProblem) -> tuple[Tensor, Tensor]:
         """Atoms (kh*kw, 2) in the order in which they are kept, and their energies."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from ..method import Factors, Method, Stage, register_method
+from ..method import Factors, Method, Stage, register_method, separable_stages
 from ..problem import LayerProblem
 from ..solvers.jaderberg import separable_per_channel, vh_als
 from .svd import VH
@@ -30,12 +30,7 @@ class Jaderberg1(Method):
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
         """Two depthwise ones, 1x1."""
-        wide = p.S * ranks[0]
-        return [
-            Stage(p.S, wide, (p.kh, 1), p.S, "h"),
-            Stage(wide, wide, (1, p.kw), wide, "w"),
-            Stage(wide, p.T),
-        ]
+        return separable_stages(p, ranks[0])
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """A CP per channel."""

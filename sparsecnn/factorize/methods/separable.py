@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Factors, Method, Stage, register_method
+from ..method import Factors, Method, Stage, register_method, separable_stages
 from ..problem import LayerProblem
 from ..solvers.separable import SOLVERS, Solver, separable_basis
 
@@ -38,12 +38,7 @@ class Rigamonti(Method):
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
         """Two depthwise ones and a 1x1."""
-        wide = p.S * ranks[0]
-        return [
-            Stage(p.S, wide, (p.kh, 1), p.S, "h"),
-            Stage(wide, wide, (1, p.kw), wide, "w"),
-            Stage(wide, p.T),
-        ]
+        return separable_stages(p, ranks[0])
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """The shared basis of the T S slices, each component's size spread over its 3 factors."""
