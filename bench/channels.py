@@ -25,8 +25,8 @@ from torch import Tensor, nn
 # As a script this file sees its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.run import commit
-from sparsecnn.measure import count_macs, environment, time_interleaved
+from bench.run import json_path, write_results
+from sparsecnn.measure import count_macs, time_interleaved
 from sparsecnn.prune import Magnitude
 from sparsecnn.prune.channels import prune_channels_
 from tests.models import prepare_torchvision
@@ -200,14 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments instead of those of the process.
     """
     parser = argparse.ArgumentParser(prog="bench/channels.py", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the results here")
     parser.add_argument(
         "--rounding", action="store_true", help="time values of round_to instead of the sweep"
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
     options = parser.parse_args(argv)
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"expected --json in an existing folder, got {options.json}")
     if not prepare_torchvision():
         parser.error("expected torchvision and timm to be installed, got none; pip install timm")
     jobs = [("torchvision", n) for n in TORCHVISION] + [("timm", n) for n in TIMM]
@@ -226,15 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.collect()  # graphs of the tracer hold their networks in cycles
     if not options.rounding:
         Console(width=160).print(table(rows))
-    if options.json is not None:
-        result = {
-            "suite": "rounding" if options.rounding else "channels",
-            "commit": commit(),
-            "environment": environment(),
-            "settings": {"sparsity": SPARSITY, "importance": "magnitude"},
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(options.json, {
+        "suite": "rounding" if options.rounding else "channels",
+        "settings": {"sparsity": SPARSITY, "importance": "magnitude"},
+        "rows": rows,
+    })  # fmt: skip
     return 0
 
 

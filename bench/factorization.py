@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.digits_training import BATCH, Context, accuracy_of, dense_networks, fit
-from bench.run import commit
+from bench.run import json_path, write_results
 from sparsecnn.factorize import (
     ChannelSVD,
     Factorize,
@@ -41,7 +40,7 @@ from sparsecnn.factorize import (
     factorize_,
     kim,
 )
-from sparsecnn.measure import count_macs, environment, time_interleaved
+from sparsecnn.measure import count_macs, time_interleaved
 from sparsecnn.nn import FactorizedConv2d
 
 TUNING = 10
@@ -250,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/factorization.py", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
     parser.add_argument("--methods", nargs="*", choices=[job.name for job in JOBS])
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=json_path, metavar="FILE")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     console = Console(width=140)
@@ -286,17 +285,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row["accuracy_dense"] - row["accuracy"] > allowed:
             failed.append(f"{row['method']} at {row['target']:g}x lost more than {allowed:.0%}")
     console.print(table)
-    if options.json is not None:
-        data = {
-            "schema_version": 1,
-            "environment": environment(),
-            "commit": commit(),
-            "threads": 1,
-            "batch": BATCH,
-            "summary": means,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    write_results(options.json, {
+        "suite": "factorization",
+        "threads": 1,
+        "batch": BATCH,
+        "summary": means,
+        "rows": rows,
+    })  # fmt: skip
     for line in failed:
         console.print(f"failed: {line}", highlight=False)
     return 1 if failed else 0

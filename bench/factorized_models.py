@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.run import commit
+from bench.run import json_path, write_results
 from sparsecnn import accelerate
 from sparsecnn.factorize import Factorize, FactorizeReport, Latency, factorize_, kim
-from sparsecnn.measure import environment, time_interleaved
+from sparsecnn.measure import time_interleaved
 from tests.models import prepare_torchvision
 
 MODELS = ("vgg16", "resnet50")
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the results here")
     options = parser.parse_args(argv)
     if not prepare_torchvision():
         parser.error("expected torchvision to be installed; pip install torchvision")
@@ -135,16 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['factorize_s']:.0f}",
         )  # fmt: skip
     console.print(table)
-    if options.json is not None:
-        data = {
-            "schema_version": 1,
-            "environment": environment(),
-            "commit": commit(),
-            "threads": options.threads,
-            "target": TARGET,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    write_results(options.json, {
+        "suite": "factorized_models",
+        "threads": options.threads,
+        "target": TARGET,
+        "rows": rows,
+    })  # fmt: skip
     return 0
 
 

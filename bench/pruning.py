@@ -12,7 +12,6 @@ The masked and the materialized network must agree: logits within 1e-4, every la
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -31,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.digits_training import Context, accuracy_of, dense_networks
 from bench.pruning_methods import METHODS, NETWORKS, Method
-from bench.run import commit
+from bench.run import json_path, write_results
 from sparsecnn.demo import compare_latency
-from sparsecnn.measure import count_macs, environment, model_size
+from sparsecnn.measure import count_macs, model_size
 
 MAX_DIFF = 1e-4
 CANDIDATES = ("csr", "pattern", "depthwise", "pointwise", "chain")
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="*", choices=[m.name for m in METHODS])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=json_path, metavar="FILE")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     chosen = [m for m in METHODS if not options.methods or m.name in options.methods]
@@ -158,17 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row["macs_share"] > method.macs + 0.005:
             failed.append(f"{method.name} has {row['macs_share']:.1%} MACs, not {method.macs:.0%}")
     console.print(table)
-    if options.json is not None:
-        data = {
-            "schema_version": 1,
-            "environment": environment(),
-            "commit": commit(),
-            "threads": options.threads,
-            "batch": options.batch,
-            "summary": means,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    write_results(options.json, {
+        "suite": "pruning",
+        "threads": options.threads,
+        "batch": options.batch,
+        "summary": means,
+        "rows": rows,
+    })  # fmt: skip
     for line in failed:
         console.print(f"failed: {line}", highlight=False)
     return 1 if failed else 0

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("suite", choices=tuple(SUITES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the results here")
     parser.add_argument("--density", type=float, nargs="+", metavar="D", help="shares of nonzeros")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="cases of the suite")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -96,8 +96,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     short = options.dtype != "float32" and options.device == "cpu"
     if options.suite == "models" and (options.cold or short):
         parser.error("expected no --cold, and on the CPU no --dtype, with the suite models")
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        parser.error(f"expected --json in an existing folder, got {options.json}")
     return options
 
 
@@ -117,6 +115,21 @@ def commit() -> str | None:
     if head is None:
         return None
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def json_path(text: str) -> Path:
+    """The value of --json: refused before anything is measured if its folder does not exist."""
+    path = Path(text)
+    if not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected --json in an existing folder, got {text}")
+    return path
+
+
+def write_results(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results with the commit and the machine they are of; None writes nothing."""
+    if path is not None:
+        document = {"commit": commit(), "environment": environment(), **results}
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -211,25 +224,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     means = by_sparsity(rows)
     overall = geomean(r["ratio"] for r in rows)
-    if options.json is not None:
-        document = {
-            "schema": 1,
-            "suite": options.suite,
-            "mode": "cold" if options.cold else "unsettled" if options.unsettled else "warm",
-            "threads": options.threads,
-            "batch": options.batch,
-            "device": options.device,
-            "dtype": options.dtype,
-            "tf32": options.tf32 if options.device == "cuda" else None,
-            "commit": commit(),
-            "environment": environment(),
-            "freed_memory_kept": kept,
-            "roof_gflops": roof,
-            "geomean": {f"{s:g}": v for s, v in means.items()},
-            "geomean_all": overall,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_results(options.json, {
+        "schema": 1,
+        "suite": options.suite,
+        "mode": "cold" if options.cold else "unsettled" if options.unsettled else "warm",
+        "threads": options.threads,
+        "batch": options.batch,
+        "device": options.device,
+        "dtype": options.dtype,
+        "tf32": options.tf32 if options.device == "cuda" else None,
+        "freed_memory_kept": kept,
+        "roof_gflops": roof,
+        "geomean": {f"{s:g}": v for s, v in means.items()},
+        "geomean_all": overall,
+        "rows": rows,
+    })  # fmt: skip
     if roof is not None:
         print(f"roof {roof:.1f} GFLOP/s, {options.threads} threads")
     for sparsity, mean in means.items():

@@ -11,6 +11,7 @@ from . import methods  # noqa: F401
 from .api import Factorize, NoGain, factorize
 from .circulant import CompactMaps, compact_maps_
 from .collect import collect_moments, layer_inputs
+from .configs import config_from_dict, config_to_dict
 from .global_ranks import PCAEnergyGlobal, Sensitivity
 from .latency import Latency
 from .method import METHODS, Factors, Method, Stage, register_method
@@ -74,6 +75,8 @@ __all__ = [
     "Zhang",
     "collect_moments",
     "compact_maps_",
+    "config_from_dict",
+    "config_to_dict",
     "factorize",
     "factorize_",
     "kim",

@@ -131,8 +131,10 @@ def _all_pointwise(p: LayerProblem, method: Method) -> bool:
     return all(stage.kernel == (1, 1) and stage.groups == 1 for stage in stages)
 
 
-def solve(p: LayerProblem, method: Method, ranks: tuple[int, ...], like: Tensor) -> Factorized:
-    """The factorized layer of one problem.
+def solve(
+    p: LayerProblem, method: Method, ranks: tuple[int, ...], like: Tensor
+) -> tuple[Factorized, str]:
+    """The factorized layer of one problem, and what the method says of it.
 
     Args:
         p: the layer.
@@ -141,7 +143,8 @@ def solve(p: LayerProblem, method: Method, ranks: tuple[int, ...], like: Tensor)
         like: dtype and device of the weights.
     """
     factors: list[Factors] = [method.solve(p, ranks, group) for group in range(p.groups)]
-    return assemble(p, method, ranks, factors, like)
+    note = "; ".join(dict.fromkeys(f.note for f in factors if f.note))
+    return assemble(p, method, ranks, factors, like), note
 
 
 @torch.no_grad()
@@ -194,7 +197,7 @@ def factorize(
         config.check_gain(p, ranks)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    made = solve(p, method_of(method), ranks, weight)
+    made, _ = solve(p, method_of(method), ranks, weight)
     inherit(made, module)
     for stage in made.modules():
         stage.training = module.training

@@ -11,6 +11,7 @@ from sparsecnn._models import match_names
 
 from .api import Factorize
 from .method import method_of
+from .ranks import GlobalPolicy
 from .survey import Site
 
 DEFAULT = "_default"
@@ -63,6 +64,13 @@ def named(config: Config) -> frozenset[str]:
     if isinstance(config, Factorize):
         return frozenset()
     return frozenset(name for name, entry in config.items() if entry is not None)
+
+
+def needs_data(config: Factorize) -> bool:
+    """Whether the method or the rank policy works on calibration data."""
+    policy = config.rank
+    of_ranks = isinstance(policy, GlobalPolicy) and policy.needs_data
+    return method_of(config.method).needs_data or of_ranks
 
 
 def assign(

@@ -40,6 +40,11 @@ class PCAEnergyGlobal:
     def __post_init__(self) -> None:
         check_number("PCAEnergyGlobal", "speedup", self.speedup, 1)
 
+    @property
+    def needs_data(self) -> bool:
+        """It works on responses."""
+        return True
+
     def select_all(
         self, problems: Mapping[str, LayerProblem], method: Method, trial: Trial | None = None
     ) -> dict[str, tuple[int, ...]]:
@@ -103,6 +108,11 @@ class Sensitivity:
                 "Sensitivity: expected evaluate a function, got "
                 f"{type(self.evaluate).__name__}"
             )
+
+    @property
+    def needs_data(self) -> bool:
+        """`evaluate` has its own."""
+        return False
 
     def select_all(
         self, problems: Mapping[str, LayerProblem], method: Method, trial: Trial

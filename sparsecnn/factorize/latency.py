@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .api import NoGain
 from .method import Method, chain_macs
 from .problem import LayerProblem
@@ -21,7 +23,8 @@ class Latency:
     Candidates are common ratios to the full ranks, rounded down to multiples of `multiple_of`.
     Each is built with random numbers and timed on the layer's real batch, map, dtype and device, as
     one fused kernel and as its convolutions one after the other, interleaved with the layer, all in
-    their better memory format. Layers of one shape are measured once per process.
+    their better memory format. Layers of one shape are measured once per process and number of
+    threads.
 
     Attributes:
         speedup: time of the layer over that of the chain, at least.
@@ -53,7 +56,7 @@ class Latency:
 
         Cost: about five measurements of a quarter of a second.
         """
-        key = (self, method, p.key())
+        key = (self, method, p.key(), torch.get_num_threads())
         if key not in _cache:
             try:
                 _cache[key] = self._measured(p, method)

@@ -48,11 +48,13 @@ class Factors:
         permutations: i -> index: channels are reordered to ``x[:, index]`` in front of stage i, or
             behind the last one for i = number of stages.
         bias: (T,) in place of the layer's, for methods that change it.
+        note: what the user should know of this solution; goes into the report.
     """
 
     weights: list[Tensor]
     permutations: dict[int, Tensor] = field(default_factory=dict)
     bias: Tensor | None = None
+    note: str = ""
 
 
 class Method(ABC):
@@ -60,9 +62,11 @@ class Method(ABC):
 
     Attributes:
         name: under which it is registered.
+        permuted: places at which its chains may reorder channels, see `Factors`.
     """
 
     name: ClassVar[str]
+    permuted: ClassVar[tuple[int, ...]] = ()
 
     @property
     def needs_data(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 from sparsecnn.nn._common import inherit
 
 from .api import Factorize, Factorized, NoGain, check_layer, solve
-from .arguments import Config, FilterFn, Order, assign, check_arguments, named
+from .arguments import Config, FilterFn, Order, assign, check_arguments, named, needs_data
 from .collect import collect_moments, layer_inputs
 from .method import chain_macs, chain_params, method_of
+from .moments import Moments
 from .problem import LayerProblem, UnsupportedLayer, relative_error
 from .ranks import GlobalPolicy
 from .reconstruct import reconstruct_
@@ -66,7 +68,8 @@ def factorize_(
         reconstruct: steps of gradient descent on each layer's response error, 0 for none.
         finetune: `finetune(model, name)`, called after every layer of "layerwise" and once, with
             the name "", at the end of "one_shot".
-        recalibrate: estimate batch norm statistics anew from `calib`, if there are any.
+        recalibrate: estimate batch norm statistics anew from `calib`, if there are any; not after
+            `finetune`, which has trained them.
         strict: raise for a layer that cannot be factorized instead of listing it. A layer that the
             config names always raises.
         measure: time every layer before and after, a quarter of a second each.
@@ -89,14 +92,15 @@ def factorize_(
     check_arguments(model, config, calib, order, reconstruct, finetune)
     sites = survey(model, example_inputs)
     chosen = assign(sites, config, filter_fn)
-    if calib is None and any(method_of(c.method).needs_data for c in chosen.values()):
+    if calib is None and any(needs_data(entry) for entry in chosen.values()):
         raise ValueError(
             "factorize_: expected calib for a method that works on responses, got None; pass "
             "batches of inputs"
         )
     run = _Run(
-        model, example_inputs, sites, list(calib) if calib is not None else None, chosen,
-        named(config), strict, seed, measure, reconstruct, asymmetric and order == "layerwise",
+        model, example_inputs, {site.name: site for site in sites},
+        list(calib) if calib is not None else None, chosen, named(config), strict, seed, measure,
+        reconstruct, asymmetric and order == "layerwise",
     )  # fmt: skip
     try:
         run.prepare()
@@ -106,7 +110,7 @@ def factorize_(
             else:
                 run.layerwise(tick, finetune)
     except BaseException:
-        if not run.replaced:  # nothing is half done: batch norms that were folded come back
+        if order == "one_shot" or not run.replaced:
             for undo in reversed(run.undo):
                 undo()
         raise
@@ -117,39 +121,27 @@ def factorize_(
     return run.report
 
 
+@dataclass
 class _Run:
-    """One call of `factorize_`."""
+    """One call of `factorize_`: its arguments, and what has been done so far."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Tensor | Sequence[Any],
-        sites: Sequence[Site],
-        calib: list[Tensor | tuple[Any, ...]] | None,
-        chosen: dict[str, Factorize],
-        named: frozenset[str],
-        strict: bool,
-        seed: int,
-        measure: bool,
-        reconstruct: int,
-        asymmetric: bool,
-    ) -> None:
-        self.model = model
-        self.example_inputs = example_inputs
-        self.calib = calib
-        self.chosen = chosen
-        self.named = named
-        self.strict = strict
-        self.seed = seed
-        self.measure = measure
-        self.reconstruct = reconstruct
-        self.asymmetric = asymmetric
-        self.report = FactorizeReport()
-        self.replaced: list[str] = []
-        self.undo: list[Callable[[], None]] = []
-        self.sites = {site.name: site for site in sites}
-        self.global_ranks: dict[str, tuple[int, ...]] = {}
-        self.reference: nn.Module | None = None
+    model: nn.Module
+    example_inputs: Tensor | Sequence[Any]
+    sites: Mapping[str, Site]
+    calib: list[Tensor | tuple[Any, ...]] | None
+    chosen: Mapping[str, Factorize]
+    named: frozenset[str]
+    strict: bool
+    seed: int
+    measure: bool
+    reconstruct: int
+    asymmetric: bool
+    report: FactorizeReport = field(default_factory=FactorizeReport)
+    replaced: list[str] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    global_ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    problems: dict[str, LayerProblem] = field(default_factory=dict)
+    reference: nn.Module | None = None
 
     def prepare(self) -> None:
         """Fold what must be folded, copy what must be kept, rank what is ranked together."""
@@ -161,27 +153,33 @@ class _Run:
                     self.report.notes.append(f"folded {self.sites[name].norm} into {name}")
         if self.reconstruct or self.asymmetric:
             self.reference = copy.deepcopy(self.model).eval()
+        self._rank_together()
+
+    def _rank_together(self) -> None:
+        """Ask the policies that look at several layers, each one once."""
         groups: dict[Factorize, list[str]] = {}
         for name, config in self.chosen.items():
             if isinstance(config.rank, GlobalPolicy):
                 groups.setdefault(config, []).append(name)
-        for config, names in groups.items():
-            problems = {}
-            for name in names:
-                try:
-                    problem = self._problem(name, config, self._moments([name]))
-                    check_layer(problem, method_of(config.method))
-                    problems[name] = problem
-                except UnsupportedLayer:
-                    continue  # listed when its turn comes
+        names = [name for of_config in groups.values() for name in of_config]
+        moments = self._moments(names)
+        for name in names:
+            try:
+                problem = self._problem(name, moments)
+                check_layer(problem, method_of(self.chosen[name].method))
+                self.problems[name] = problem
+            except UnsupportedLayer:
+                continue  # listed when its turn comes
+        for config, of_config in groups.items():
             assert isinstance(config.rank, GlobalPolicy)
+            problems = {name: self.problems[name] for name in of_config if name in self.problems}
             ranks = config.rank.select_all(problems, method_of(config.method), self._trial)
             self.global_ranks.update(ranks)
 
     def one_shot(self, tick: Callable[[], None]) -> None:
         """All factorizations first, on the network as it is; then the replacements."""
-        needing = [n for n, c in self.chosen.items() if method_of(c.method).needs_data]
-        moments = self._moments([n for n in needing if not self.sites[n].obstacle])
+        known = {n: p.moments for n, p in self.problems.items() if p.moments is not None}
+        moments = known | self._moments([name for name in self.chosen if name not in known])
         made = {}
         for name in self.chosen:
             made[name] = self._factorize(name, moments)
@@ -197,11 +195,9 @@ class _Run:
         self, tick: Callable[[], None], finetune: Callable[[nn.Module, str], object] | None
     ) -> None:
         """One layer after the other, each on the network as it has become."""
-        for name, config in self.chosen.items():
-            moments = None
-            if method_of(config.method).needs_data and not self.sites[name].obstacle:
-                moments = self._moments([name])
-            layer = self._factorize(name, moments)
+        self.problems.clear()  # moments of the network as it was
+        for name in self.chosen:
+            layer = self._factorize(name, self._moments([name]))
             if layer is not None:
                 self._replace(name, layer)
                 if self.reconstruct:
@@ -220,18 +216,18 @@ class _Run:
             recalibrate_batchnorm(self.model, self.calib)
             self.report.notes.append(f"re-estimated {len(norms)} batch norms")
 
-    def _moments(self, names: list[str]) -> dict[str, Any] | None:
-        if self.calib is None or not names:
-            return None
+    def _moments(self, names: Sequence[str]) -> dict[str, Moments]:
+        """What the data say of those layers whose config asks for it, in one pass."""
+        wanted = [n for n in names if needs_data(self.chosen[n]) and not self.sites[n].obstacle]
+        if self.calib is None or not wanted:
+            return {}
         return collect_moments(
-            self.model, names, self.calib, seed=self.seed,
-            patches=any(method_of(self.chosen[name].method).needs_patches for name in names),
+            self.model, wanted, self.calib, seed=self.seed,
+            patches=any(method_of(self.chosen[name].method).needs_patches for name in wanted),
             reference=self.reference if self.asymmetric else None,
         )  # fmt: skip
 
-    def _problem(
-        self, name: str, config: Factorize, moments: dict[str, Any] | None
-    ) -> LayerProblem:
+    def _problem(self, name: str, moments: Mapping[str, Moments]) -> LayerProblem:
         site = self.sites[name]
         if site.obstacle:
             raise UnsupportedLayer(f"factorize_: {name}: {site.obstacle}")
@@ -242,17 +238,17 @@ class _Run:
         batch = int(x.shape[0]) if x.dim() == (4 if conv else 2) else 1
         return LayerProblem.of(
             site.module, in_hw=hw, batch=batch,
-            moments=(moments or {}).get(name), seed=self.seed, name=name,
+            moments=moments.get(name), seed=self.seed, name=name,
         )  # fmt: skip
 
-    def _factorize(self, name: str, moments: dict[str, Any] | None) -> Factorized | None:
+    def _factorize(self, name: str, moments: Mapping[str, Moments]) -> Factorized | None:
         """The layer's chain, or None where it stays dense; adds to the report."""
         config, site = self.chosen[name], self.sites[name]
         method = method_of(config.method)
         entry = LayerReport(name, type(site.module).__name__, method.name)
         self.report.layers.append(entry)
         try:
-            p = self._problem(name, config, moments)
+            p = self._problem(name, moments)
             entry.dense_macs = entry.macs = p.dense_macs
             entry.dense_params = entry.params = p.dense_params
             check_layer(p, method)
@@ -269,10 +265,13 @@ class _Run:
             entry.reason = str(error).removeprefix(f"factorize_: {name}: ").removeprefix(
                 f"factorize: {name}: "
             )
+            if self.measure and entry.dense_macs and site.inputs is not None:
+                times = time_layer(_bare(site.module), None, site.inputs)
+                entry.dense_us = times["dense"].median_s * 1e6
             return None
         weight = site.module.weight
         assert isinstance(weight, Tensor)
-        layer = solve(p, method, ranks, weight)
+        layer, entry.note = solve(p, method, ranks, weight)
         inherit(layer, site.module)
         for stage in layer.modules():
             stage.training = site.module.training
@@ -298,9 +297,13 @@ class _Run:
             entry.chain_us = times["chain"].median_s * 1e6 if "chain" in times else None
 
     def _replace(self, name: str, layer: nn.Module) -> None:
+        self._set(name, layer)
+        self.undo.append(lambda: self._set(name, self.sites[name].module))
+        self.replaced.append(name)
+
+    def _set(self, name: str, layer: nn.Module) -> None:
         for alias in self.sites[name].names:
             set_module(self.model, alias, layer)
-        self.replaced.append(name)
 
     def _reconstruct(self, name: str) -> None:
         assert self.reference is not None and self.calib is not None
@@ -319,20 +322,16 @@ class _Run:
         if ranks is None:
             with evaluating(self.model):
                 return evaluate(self.model)
-        config = self.chosen[name]
-        p = self._problem(name, config, self._moments([name]))
-        original = self.sites[name].module
+        config, original = self.chosen[name], self.sites[name].module
         weight = original.weight
         assert isinstance(weight, Tensor)
-        layer = solve(p, method_of(config.method), config.rounded(p, ranks), weight)
-        for alias in self.sites[name].names:
-            set_module(self.model, alias, layer)
+        p = self.problems[name]
+        self._set(name, solve(p, method_of(config.method), config.rounded(p, ranks), weight)[0])
         try:
             with evaluating(self.model):
                 return evaluate(self.model)
         finally:
-            for alias in self.sites[name].names:
-                set_module(self.model, alias, original)
+            self._set(name, original)
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -33,6 +33,11 @@ Trial = Callable[[str, tuple[int, ...] | None, Callable[[nn.Module], float]], fl
 class GlobalPolicy(Protocol):
     """Chooses the ranks of all layers of a network together; `factorize_` asks it once."""
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the problems must hold moments, which takes calibration data."""
+        ...
+
     def select_all(
         self, problems: Mapping[str, LayerProblem], method: Method, trial: Trial
     ) -> dict[str, tuple[int, ...]]:

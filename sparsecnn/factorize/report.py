@@ -27,6 +27,7 @@ class LayerReport:
         convs_us: of the stages one after the other.
         chain_us: of the stages as one kernel; None where there is no such kernel.
         reason: why the layer stayed dense; empty where it did not.
+        note: what the method says of its solution; mostly empty.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerReport:
     convs_us: float = 0.0
     chain_us: float | None = None
     reason: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -110,7 +112,8 @@ class FactorizeReport:
             table.add_column(heading, justify="right", no_wrap=True)
         for r in self.layers:
             if r.reason:
-                table.add_row(r.name, r.method, "dense")
+                time = [f"{r.dense_us:.0f}"] if r.dense_us else []
+                table.add_row(r.name, r.method, "dense", *[""] * 5 * len(time), *time)
                 continue
             table.add_row(
                 r.name, r.method, _ranks(r.ranks), _ranks(r.full_ranks), f"{r.weight_error:.3f}",
@@ -127,7 +130,8 @@ class FactorizeReport:
             f"{self.params:,} ({self.dense_params / max(self.params, 1):.2f}x)"
         )
         kept = [f"{r.name} stays dense: {r.reason}" for r in self.layers if r.reason]
-        return "\n".join([capture.get().rstrip(), total, *kept, *self.notes])
+        said = [f"{r.name}: {r.note}" for r in self.layers if r.note]
+        return "\n".join([capture.get().rstrip(), total, *kept, *said, *self.notes])
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

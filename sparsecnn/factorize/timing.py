@@ -22,13 +22,13 @@ _GRAPH_CALLS = 20
 
 
 def time_layer(
-    dense: nn.Module, chain: nn.Module, x: Tensor, budget_s: float = BUDGET_S
+    dense: nn.Module, chain: nn.Module | None, x: Tensor, budget_s: float = BUDGET_S
 ) -> dict[str, LatencyStats]:
     """Times of a layer and its factorization, interleaved: each in its best memory format.
 
     Args:
         dense: the layer.
-        chain: a `FactorizedConv2d` or `FactorizedLinear`.
+        chain: a `FactorizedConv2d` or `FactorizedLinear`; None to time the layer alone.
         x: an input of the layer.
         budget_s: for everything together.
 
@@ -61,7 +61,7 @@ def _best(stats: Mapping[str, LatencyStats]) -> dict[str, LatencyStats]:
     return best
 
 
-def _fused(chain: nn.Module) -> nn.Module | None:
+def _fused(chain: nn.Module | None) -> nn.Module | None:
     if not isinstance(chain, FactorizedConv2d):
         return None
     try:
@@ -73,17 +73,22 @@ def _fused(chain: nn.Module) -> nn.Module | None:
 def placeholder(p: LayerProblem, method: Method, ranks: tuple[int, ...]) -> nn.Module:
     """A factorization with random numbers: it takes as long as the real one, and none to solve.
 
-    Channel permutations of the method are left out.
+    Channels are reordered wherever the method may do so: a copy each.
     """
     source = torch.Generator().manual_seed(p.seed)
+    stages = method.stages(p, ranks)
+    widths = [stages[0].c_in, *(stage.c_out for stage in stages)]
     factors = [
-        Factors([
-            torch.randn(s.c_out, s.c_in // s.groups, *s.kernel, generator=source).double()
-            / (s.c_in // s.groups * s.kernel[0] * s.kernel[1]) ** 0.5
-            for s in method.stages(p, ranks)
-        ])
+        Factors(
+            [
+                torch.randn(s.c_out, s.c_in // s.groups, *s.kernel, generator=source).double()
+                / (s.c_in // s.groups * s.kernel[0] * s.kernel[1]) ** 0.5
+                for s in stages
+            ],
+            {i: torch.randperm(widths[i], generator=source) for i in method.permuted},
+        )
         for _ in range(p.groups)
-    ]  # fmt: skip
+    ]
     return assemble(p, method, ranks, factors, torch.empty(0, dtype=p.dtype, device=p.device))
 
 

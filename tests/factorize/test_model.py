@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from sparsecnn import accelerate
 from sparsecnn.factorize import (
     Factorize,
     Fixed,
+    PCAEnergyGlobal,
     Ratio,
     Sensitivity,
     TargetSpeedup,
@@ -88,12 +90,17 @@ def test_counts_of_the_report_are_the_counted_ones():
     assert report["conv2"].weight_error > 0.05
 
 
-def test_layers_that_cannot_gain_stay_dense_with_a_reason():
+def test_layers_that_cannot_gain_stay_dense_with_a_reason_and_their_time():
     model = net()
-    report = run(model, Factorize("tucker2", Ratio(1.0)))
+    report = factorize_(model, Factorize("tucker2", Ratio(1.0)), X)
     assert all("no gain" in r.reason and not r.ranks for r in report)
     assert type(model.conv2) is nn.Conv2d and report.macs == report.dense_macs
     assert "no gain" in str(report)
+    assert all(r.dense_us > 0 and r.convs_us == 0 for r in report)
+    row = next(line for line in str(report).splitlines() if "conv2" in line)
+    assert f"{report['conv2'].dense_us:.0f}" in row
+    unmeasured = run(net(), Factorize("tucker2", Ratio(1.0)))
+    assert all(r.dense_us == 0 for r in unmeasured)
 
 
 def test_names_expressions_and_filters():
@@ -266,6 +273,52 @@ def test_a_failing_pass_brings_the_folded_batch_norms_back():
         run(model, Factorize("zhang", TargetSpeedup(500)), calib=CALIB)
     assert isinstance(model.bn1, nn.BatchNorm2d) and model.conv2.bias is None
     assert torch.equal(model(X), wanted)
+
+
+def test_a_failing_reconstruction_brings_all_layers_back(monkeypatch):
+    module = importlib.import_module("sparsecnn.factorize.model")
+    calls = []
+
+    def failing(chain, *args, **options):
+        calls.append(chain)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return 1.0, 0.5
+
+    monkeypatch.setattr(module, "reconstruct_", failing)
+    model = net()
+    layers = dict(model.named_modules())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model, Factorize("zhang", 3), calib=CALIB, reconstruct=2)
+    assert isinstance(calls[0], FactorizedConv2d)
+    assert dict(model.named_modules()) == layers and model.conv2.bias is None
+
+
+def test_what_a_method_says_of_its_solution_is_in_the_report():
+    # a o a o b + a o b o a + b o a o a has rank 3, and rank-2 terms come near by cancelling.
+    model = nn.Sequential(nn.Conv2d(2, 2, (1, 2), bias=False)).double()
+    a, b = torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)
+    terms = [torch.einsum("i,j,k->ijk", *v) for v in ((a, a, b), (a, b, a), (b, a, a))]
+    model[0].weight.data = sum(terms)[:, :, None]
+    x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
+    config = Factorize("cp_nls", 2, min_gain=1e-9)
+    report = factorize_(model, config, x, measure=False)
+    assert report["0"].note.startswith("terms cancel") and report["0"].note in str(report)
+    assert report.to_dict()["layers"][0]["note"] == report["0"].note
+    assert all(r.note == "" for r in run(net(), Factorize("vh", 2)))
+
+
+def test_ranks_by_all_responses_take_one_pass_over_the_data():
+    model, passes = net(), []
+    model.conv1.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ValueError, match="expected calib for a method that works on responses"):
+        run(model, Factorize("channel_svd", PCAEnergyGlobal(2.0)))
+    passes.clear()
+    config = Factorize("zhang", PCAEnergyGlobal(2.0), min_gain=1e-9)
+    report = run(model, config, calib=CALIB, recalibrate=False)
+    assert all(r.ranks for r in report)
+    surveyed = 1 + 2 * 2  # of the example; before and after each of two folded batch norms
+    assert len(passes) <= surveyed + len(CALIB)
 
 
 def test_sensitivity_gives_the_rank_to_the_layer_that_needs_it():

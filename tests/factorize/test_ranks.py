@@ -24,6 +24,8 @@ from sparsecnn.factorize import (
 )
 from sparsecnn.factorize.method import chain_macs, chain_params
 from sparsecnn.factorize.ranks import energy_rank
+from sparsecnn.factorize.timing import placeholder
+from sparsecnn.nn.factorized import PermuteChannels
 
 
 def conv(c_in=64, c_out=96, k=3, stride=1, groups=1, **options) -> nn.Conv2d:
@@ -214,3 +216,36 @@ def test_latency_depends_on_the_times(monkeypatch):
     tried = policy.candidates(p, made)
     within = [r for r in tried if 2 * chain_macs(p, made.stages(p, r)) <= p.dense_macs]
     assert ranks == within[-1] and len(within) < len(tried)
+
+
+def test_latency_is_measured_anew_for_another_number_of_threads(monkeypatch):
+    from sparsecnn.factorize import latency
+
+    counted = []
+    monkeypatch.setattr(latency, "_cache", {})
+    monkeypatch.setattr(
+        Latency, "_measured", lambda self, p, method: (counted.append(1), (len(counted),))[1]
+    )
+    p, made, policy = problem(), METHODS["vh"](), Latency(2.0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert policy.select(p, made) == policy.select(p, made) == (1,)
+        torch.set_num_threads(2)
+        assert policy.select(p, made) == (2,)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fc_svd"}))
+def test_what_is_timed_reorders_channels_where_the_factorization_may(method):
+    made, layer = METHODS[method](), conv(8, 12)
+    p = problem(layer, (6, 6))
+    timed = placeholder(p, made, made.clamp(p, [2] * len(made.full_ranks(p))))
+    assert sum(isinstance(m, PermuteChannels) for m in timed) == len(made.permuted)
+    if made.needs_data:
+        return
+    real = factorize(layer, method, tuple(timed.ranks))
+    kinds = [(type(m), getattr(m, "weight", torch.empty(0)).shape) for m in real]
+    wanted = iter([(type(m), getattr(m, "weight", torch.empty(0)).shape) for m in timed])
+    assert all(kind in wanted for kind in kinds)  # a permutation that changes nothing is left out

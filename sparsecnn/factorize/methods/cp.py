@@ -32,7 +32,7 @@ class CP(Method):
     kernel is a matrix, its CP the singular value decomposition: 1x1 S -> R -> T.
 
     Full rank min(S, T) kh kw, built and not solved for. Below it, terms that cancel are replaced
-    by tamer ones (`guarded`) and the log says so. Fine-tune with small steps and clipped
+    by tamer ones (`guarded`) and log and report say so. Fine-tune with small steps and clipped
     gradients.
 
     Attributes:
@@ -82,6 +82,7 @@ class CP(Method):
             return Factors([right[:, :, None, None], left[:, :, None, None]])
         merged = self._merged(p)
         x = weight.flatten(2) if merged else weight
+        note = ""
         if rank >= self.full_ranks(p)[0]:
             terms = cp_exact(x)
         else:
@@ -93,7 +94,8 @@ class CP(Method):
             spatial = [taps[0].T.reshape(rank, 1, p.kh, p.kw)]
         else:
             spatial = [taps[0].T[:, None, :, None], taps[1].T[:, None, None, :]]
-        return Factors([channels.T[:, :, None, None], *spatial, filters[:, :, None, None]])
+        chain = [channels.T[:, :, None, None], *spatial, filters[:, :, None, None]]
+        return Factors(chain, note=note)
 
     def _fit(self, x: Tensor, rank: int, seed: int) -> tuple[CPTensor, str]:
         if self.solver == "tpm":

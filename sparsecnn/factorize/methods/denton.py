@@ -39,6 +39,7 @@ class Monochromatic(Method):
     """
 
     name: ClassVar[str] = "mono"
+    permuted: ClassVar[tuple[int, ...]] = (2,)
 
     def check(self, p: LayerProblem) -> None:
         """No grouped layers."""
@@ -86,6 +87,7 @@ class _Biclustered(Method):
 
     clusters_in: int = 2
     clusters_out: int = 2
+    permuted: ClassVar[tuple[int, ...]] = (0, 2, 3)
 
     def __post_init__(self) -> None:
         for name in ("clusters_in", "clusters_out"):
