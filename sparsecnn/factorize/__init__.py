@@ -13,6 +13,7 @@ from .circulant import CompactMaps, compact_maps_
 from .collect import collect_moments, layer_inputs
 from .configs import config_from_dict, config_to_dict
 from .global_ranks import PCAEnergyGlobal, Sensitivity
+from .gradients import collect_gradients
 from .latency import Latency
 from .method import METHODS, Factors, Method, Stage, register_method
 from .methods.cp import CP, CPNLS, CPTPM
@@ -20,6 +21,7 @@ from .methods.dct import DCT
 from .methods.denil import Denil
 from .methods.denton import BiclusterOuter, BiclusterSVD, Monochromatic
 from .methods.jaderberg import Jaderberg1, Jaderberg2
+from .methods.mahalanobis import Mahalanobis
 from .methods.separable import Rigamonti
 from .methods.svd import FCSVD, VH, ChannelSVD
 from .methods.tucker import Tucker2, Tucker4
@@ -56,6 +58,7 @@ __all__ = [
     "LayerProblem",
     "LayerReport",
     "METHODS",
+    "Mahalanobis",
     "Method",
     "Moments",
     "Monochromatic",
@@ -73,6 +76,7 @@ __all__ = [
     "UnsupportedLayer",
     "VH",
     "Zhang",
+    "collect_gradients",
     "collect_moments",
     "compact_maps_",
     "config_from_dict",

@@ -112,9 +112,9 @@ def check_layer(p: LayerProblem, method: Method) -> None:
 
     Raises:
         UnsupportedLayer: it cannot; says why.
-        ValueError: it needs calibration data and has none.
+        ValueError: it needs calibration data or gradients and has none.
     """
-    if p.linear and method.name != "fc_svd" and not _all_pointwise(p, method):
+    if p.linear and not method.linear and not _all_pointwise(p, method):
         raise UnsupportedLayer(
             f"factorize: {p.name}: method {method.name!r} has no form for linear layers; use fc_svd"
         )
@@ -123,6 +123,11 @@ def check_layer(p: LayerProblem, method: Method) -> None:
         raise ValueError(
             f"factorize: {p.name}: expected calibration data for method {method.name!r}, got none; "
             "pass calib"
+        )
+    if method.needs_gradients and p.gradients is None:
+        raise ValueError(
+            f"factorize: {p.name}: expected gradients for method {method.name!r}, got none; pass "
+            "those of collect_gradients"
         )
 
 
@@ -155,6 +160,7 @@ def factorize(
     *,
     in_hw: tuple[int, int] | None = None,
     data: Moments | None = None,
+    gradients: Tensor | None = None,
     objective: Objective = "macs",
     min_gain: float = 0.0,
     multiple_of: int = 1,
@@ -171,6 +177,7 @@ def factorize(
         rank: integer, tuple or policy.
         in_hw: size of the input map, for policies that count MACs; 56 x 56 if not given.
         data: responses and inputs of the layer, for the methods that need them.
+        gradients: shape of the weight, see `collect_gradients`; for `Mahalanobis`.
         objective: see `Factorize`.
         min_gain: see `Factorize`; 0 factorizes at any cost, full rank for instance.
         multiple_of: see `Factorize`.
@@ -190,8 +197,9 @@ def factorize(
     config = Factorize(method, rank, objective, min_gain or 1.0, multiple_of)
     module = _as_module(layer)
     p = LayerProblem.of(
-        module, in_hw=in_hw, moments=data, seed=seed, name=type(module).__name__
-    )
+        module, in_hw=in_hw, moments=data, gradients=gradients, seed=seed,
+        name=type(module).__name__,
+    )  # fmt: skip
     ranks = config.ranks(p)
     if min_gain:
         config.check_gain(p, ranks)

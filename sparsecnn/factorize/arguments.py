@@ -27,6 +27,7 @@ def check_arguments(
     order: object,
     reconstruct: object,
     finetune: object,
+    gradients: object,
 ) -> None:
     """Refuse arguments of `factorize_` of the wrong type or value."""
     if not isinstance(model, nn.Module):
@@ -57,6 +58,11 @@ def check_arguments(
         raise TypeError(
             f"factorize_: expected finetune a function, got {type(finetune).__name__}"
         )
+    if gradients is not None and not isinstance(gradients, Mapping):
+        raise TypeError(
+            "factorize_: expected gradients a mapping of layer names to tensors, got "
+            f"{type(gradients).__name__}"
+        )
 
 
 def named(config: Config) -> frozenset[str]:
@@ -71,6 +77,23 @@ def needs_data(config: Factorize) -> bool:
     policy = config.rank
     of_ranks = isinstance(policy, GlobalPolicy) and policy.needs_data
     return method_of(config.method).needs_data or of_ranks
+
+
+def check_data(
+    chosen: Mapping[str, Factorize], calib: object, gradients: Mapping[str, Tensor] | None
+) -> None:
+    """Refuse configs that work on what is not given."""
+    if calib is None and any(needs_data(entry) for entry in chosen.values()):
+        raise ValueError(
+            "factorize_: expected calib for a method that works on responses, got None; pass "
+            "batches of inputs"
+        )
+    for name, entry in chosen.items():
+        if method_of(entry.method).needs_gradients and name not in (gradients or {}):
+            raise ValueError(
+                f"factorize_: expected gradients of {name!r} for a method that works on them, got "
+                "none; pass those of collect_gradients"
+            )
 
 
 def assign(
@@ -98,7 +121,7 @@ def assign(
     chosen = {}
     for site in sites:
         linear = isinstance(site.module, nn.Linear)
-        fits = default is not None and linear == (method_of(default.method).name == "fc_svd")
+        fits = default is not None and linear == method_of(default.method).linear
         fallback = default if fits else None
         entry = exact.get(site.name, matched.get(site.name, fallback))
         if entry is not None and (filter_fn is None or filter_fn(site.module, site.name)):

@@ -46,7 +46,7 @@ def assemble(
         last = i == len(stages) - 1
         modules.append(_conv(p, stage, axes[i], weight, bias if last else None, like))
     modules += _permutation(p, factors, len(stages), like)
-    return FactorizedConv2d(*modules, method=method.name, ranks=ranks, groups=p.groups)
+    return FactorizedConv2d(*modules, method=str(method), ranks=ranks, groups=p.groups)
 
 
 def _conv(
@@ -122,4 +122,4 @@ def _linear(
         layer = nn.Linear(stage.c_in, stage.c_out, own is not None, "meta", like.dtype)
         _fill(layer, stage, weight[:, :, 0, 0], own, like)
         layers.append(layer)
-    return FactorizedLinear(*layers, method=method.name, ranks=ranks)
+    return FactorizedLinear(*layers, method=str(method), ranks=ranks)

@@ -67,10 +67,10 @@ def collect_moments(
     what = "collect_moments"
     if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
         raise ValueError(f"{what}: expected positions an integer >= 1, got {positions!r}")
-    layers = {name: _layer(model, name, what, "model") for name in names}
+    layers = {name: layer_of(model, name, what, "model") for name in names}
     twins: dict[str, nn.Conv2d | nn.Linear] = {}
     if reference is not None:
-        twins = {name: _layer(reference, name, what, "reference") for name in names}
+        twins = {name: layer_of(reference, name, what, "reference") for name in names}
     for name, twin in twins.items():
         wanted, got = tuple(layers[name].weight.shape), tuple(twin.weight.shape)
         if wanted != got:
@@ -219,7 +219,13 @@ def _module(model: nn.Module, name: str, what: str, argument: str) -> nn.Module:
         raise ValueError(f"{what}: expected {argument} with a module {name!r}, got none") from None
 
 
-def _layer(model: nn.Module, name: str, what: str, argument: str) -> nn.Conv2d | nn.Linear:
+def layer_of(model: nn.Module, name: str, what: str, argument: str) -> nn.Conv2d | nn.Linear:
+    """The layer of a name, or an error that begins with `what`.
+
+    Raises:
+        TypeError: a module of another kind.
+        ValueError: an unknown name.
+    """
     module = _module(model, name, what, argument)
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
         raise TypeError(

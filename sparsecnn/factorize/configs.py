@@ -90,8 +90,13 @@ def _options(found: object) -> dict[str, Any]:
     """The fields of a method or policy; tuples as lists, which is what files give back."""
     if not is_dataclass(found):
         return {}
-    values = {entry.name: getattr(found, entry.name) for entry in fields(found)}
-    return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items()}
+    return {entry.name: _plain(getattr(found, entry.name)) for entry in fields(found)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return _method_to_value(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _method_to_value(method: str | Method) -> str | dict[str, Any]:
@@ -110,6 +115,8 @@ def _method_of_value(value: object) -> str | Method:
         return _text(value)
     options = dict(value)
     method = method_of(_text(options.pop("name", None)))
+    if isinstance(options.get("base"), Mapping):  # a method around another one
+        options["base"] = _method_of_value(options["base"])
     _check_fields(method.name, options, type(method))
     return replace(method, **options) if options else method  # type: ignore[type-var]
 

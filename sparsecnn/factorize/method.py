@@ -62,11 +62,23 @@ class Method(ABC):
 
     Attributes:
         name: under which it is registered.
-        permuted: places at which its chains may reorder channels, see `Factors`.
     """
 
     name: ClassVar[str]
-    permuted: ClassVar[tuple[int, ...]] = ()
+
+    def __str__(self) -> str:
+        """For reports."""
+        return self.name
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is made for linear layers."""
+        return False
+
+    @property
+    def permuted(self) -> tuple[int, ...]:
+        """Places at which its chains may reorder channels, see `Factors`."""
+        return ()
 
     @property
     def needs_data(self) -> bool:
@@ -77,6 +89,11 @@ class Method(ABC):
     def needs_patches(self) -> bool:
         """Whether, of the data, it also needs the layer's inputs: (S kh kw)^2 numbers a group."""
         return self.needs_data
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it works on gradients of the loss: see `collect_gradients`."""
+        return False
 
     @abstractmethod
     def full_ranks(self, p: LayerProblem) -> tuple[int, ...]:

@@ -15,7 +15,16 @@ from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 from sparsecnn.nn._common import inherit
 
 from .api import Factorize, Factorized, NoGain, check_layer, solve
-from .arguments import Config, FilterFn, Order, assign, check_arguments, named, needs_data
+from .arguments import (
+    Config,
+    FilterFn,
+    Order,
+    assign,
+    check_arguments,
+    check_data,
+    named,
+    needs_data,
+)
 from .collect import collect_moments, layer_inputs
 from .method import chain_macs, chain_params, method_of
 from .moments import Moments
@@ -33,6 +42,7 @@ def factorize_(
     example_inputs: Tensor | Sequence[Any],
     calib: Iterable[Tensor | tuple[Any, ...]] | None = None,
     *,
+    gradients: Mapping[str, Tensor] | None = None,
     filter_fn: FilterFn | None = None,
     order: Order = "one_shot",
     asymmetric: bool = True,
@@ -61,6 +71,7 @@ def factorize_(
         example_inputs: one input tensor or the positional arguments; gives the geometry.
         calib: inputs without labels, each a tensor or a tuple of positional arguments: for the
             methods that need data, `reconstruct` and batch norm statistics. Kept while this runs.
+        gradients: of `collect_gradients`, for `Mahalanobis`.
         filter_fn: `filter_fn(module, name)`, leaves layers out.
         order: "one_shot" or "layerwise".
         asymmetric: layer by layer, aim at the responses of the original network from the inputs of
@@ -82,25 +93,21 @@ def factorize_(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an unknown layer or value, weights that are not finite, a model with masks or
-            swapped layers, or missing `calib`. Layers that were done before the error stay so with
-            "layerwise"; with "one_shot" the model is as it was.
+            swapped layers, or missing `calib` or `gradients`. Layers that were done before the
+            error stay so with "layerwise"; with "one_shot" the model is as it was.
         UnsupportedLayer: see `strict`.
 
     Cost: that of the methods; a forward pass for the geometry and one per layer over `calib` where
     data is needed.
     """
-    check_arguments(model, config, calib, order, reconstruct, finetune)
+    check_arguments(model, config, calib, order, reconstruct, finetune, gradients)
     sites = survey(model, example_inputs)
     chosen = assign(sites, config, filter_fn)
-    if calib is None and any(needs_data(entry) for entry in chosen.values()):
-        raise ValueError(
-            "factorize_: expected calib for a method that works on responses, got None; pass "
-            "batches of inputs"
-        )
+    check_data(chosen, calib, gradients)
     run = _Run(
         model, example_inputs, {site.name: site for site in sites},
-        list(calib) if calib is not None else None, chosen, named(config), strict, seed, measure,
-        reconstruct, asymmetric and order == "layerwise",
+        list(calib) if calib is not None else None, gradients or {}, chosen, named(config), strict,
+        seed, measure, reconstruct, asymmetric and order == "layerwise",
     )  # fmt: skip
     try:
         run.prepare()
@@ -129,6 +136,7 @@ class _Run:
     example_inputs: Tensor | Sequence[Any]
     sites: Mapping[str, Site]
     calib: list[Tensor | tuple[Any, ...]] | None
+    gradients: Mapping[str, Tensor]
     chosen: Mapping[str, Factorize]
     named: frozenset[str]
     strict: bool
@@ -238,14 +246,15 @@ class _Run:
         batch = int(x.shape[0]) if x.dim() == (4 if conv else 2) else 1
         return LayerProblem.of(
             site.module, in_hw=hw, batch=batch,
-            moments=moments.get(name), seed=self.seed, name=name,
+            moments=moments.get(name), gradients=self.gradients.get(name), seed=self.seed,
+            name=name,
         )  # fmt: skip
 
     def _factorize(self, name: str, moments: Mapping[str, Moments]) -> Factorized | None:
         """The layer's chain, or None where it stays dense; adds to the report."""
         config, site = self.chosen[name], self.sites[name]
         method = method_of(config.method)
-        entry = LayerReport(name, type(site.module).__name__, method.name)
+        entry = LayerReport(name, type(site.module).__name__, str(method))
         self.report.layers.append(entry)
         try:
             p = self._problem(name, moments)

@@ -39,6 +39,7 @@ class LayerProblem:
         dtype: of the layer.
         device: of the layer.
         moments: calibration statistics, None without data.
+        gradients: root mean squares of the loss' gradients, shape of `weight`; None without.
         seed: of everything random.
         name: of the layer, for messages.
     """
@@ -55,6 +56,7 @@ class LayerProblem:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     moments: Moments | None = None
+    gradients: Tensor | None = None
     seed: int = 0
     name: str = ""
 
@@ -66,6 +68,7 @@ class LayerProblem:
         in_hw: tuple[int, int] | None = None,
         batch: int = 1,
         moments: Moments | None = None,
+        gradients: Tensor | None = None,
         seed: int = 0,
         name: str = "",
     ) -> LayerProblem:
@@ -73,7 +76,8 @@ class LayerProblem:
 
         Raises:
             UnsupportedLayer: any other module, a lazy one, or weights that are no floats.
-            ValueError: weights that are not finite, or an input smaller than the kernel.
+            ValueError: weights that are not finite, gradients that do not fit or are negative or
+                not finite, or an input smaller than the kernel.
         """
         what = f"factorize: {name or type(module).__name__}"
         kind = type(module)
@@ -89,13 +93,17 @@ class LayerProblem:
             bad = int((~torch.isfinite(weight)).sum())
             raise ValueError(f"{what}: expected finite weights, got {bad} that are NaN or infinite")
         full = weight.detach().to("cpu", torch.float64)
+        if gradients is not None:
+            gradients = _checked_gradients(gradients, weight, what)
         bias = None
         if isinstance(module.bias, Tensor):
             bias = module.bias.detach().to("cpu", torch.float64)
         if isinstance(module, nn.Linear):
             return cls(
                 full[None, :, :, None, None], bias, in_hw=(1, 1), batch=batch, linear=True,
-                dtype=weight.dtype, device=weight.device, moments=moments, seed=seed, name=name,
+                dtype=weight.dtype, device=weight.device, moments=moments,
+                gradients=None if gradients is None else gradients[None, :, :, None, None],
+                seed=seed, name=name,
             )  # fmt: skip
         assert isinstance(module, nn.Conv2d)
         padding: tuple[int, int] | str = (0, 0)
@@ -103,6 +111,8 @@ class LayerProblem:
             padding = (module.padding[0], module.padding[1])
         elif module.padding == "same":
             padding = "same"
+        if gradients is not None:
+            gradients = gradients.reshape(module.groups, -1, *full.shape[1:])
         problem = cls(
             full.reshape(module.groups, -1, *full.shape[1:]),
             bias,
@@ -115,6 +125,7 @@ class LayerProblem:
             dtype=weight.dtype,
             device=weight.device,
             moments=moments,
+            gradients=gradients,
             seed=seed,
             name=name,
         )
@@ -200,6 +211,16 @@ class LayerProblem:
             tuple(self.weight.shape), self.bias is None, self.stride, self.padding, self.dilation,
             self.padding_mode, self.in_hw, self.batch, self.linear, self.dtype, self.device,
         )  # fmt: skip
+
+
+def _checked_gradients(gradients: object, weight: Tensor, what: str) -> Tensor:
+    if not isinstance(gradients, Tensor) or gradients.shape != weight.shape:
+        got = tuple(gradients.shape) if isinstance(gradients, Tensor) else type(gradients).__name__
+        raise ValueError(f"{what}: expected gradients {tuple(weight.shape)}, got {got}")
+    found = gradients.detach().to("cpu", torch.float64)
+    if not bool((torch.isfinite(found) & (found >= 0)).all()):
+        raise ValueError(f"{what}: expected gradients finite and >= 0: root mean squares")
+    return found
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -18,6 +18,7 @@ from sparsecnn.factorize.solvers.ridge import (
     predict_weights,
     product_of,
     ridge_dictionary,
+    telling_positions,
 )
 
 GRID = (7, 7)
@@ -208,3 +209,56 @@ def test_denil_refuses_bad_arguments():
         predict_weights(torch.zeros(3, 4), at, GRID)
     with pytest.raises(ValueError, match=r"expected kernel \(49, 49\), got \(9, 9\)"):
         predict_weights(torch.zeros(2, 4), at, GRID, kernel=torch.eye(9))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_denil_across_channels_at_full_rank_is_the_layer(name):
+    layer = conv(LAYERS[name])
+    method = Denil("covariance", across_channels=True)
+    (full,) = method.full_ranks(LayerProblem.of(layer))
+    x = normal(2, layer.in_channels, 11, 9)
+    chain = factorize(layer, method, full)
+    torch.testing.assert_close(chain(x), layer(x), rtol=0, atol=1e-9)
+    assert [stage.weight.requires_grad for stage in chain] == [False, True]
+    assert [stage.groups for stage in chain] == [layer.groups] * 2
+
+
+def test_denil_across_channels_is_the_best_for_its_dictionary_and_no_better_than_the_svd():
+    layer = conv(dict(in_channels=4, out_channels=12, kernel_size=3))
+    filters = layer.weight.detach().reshape(12, 36)
+    kernel = empirical_covariance(filters.T)
+    before = np.inf
+    for rank in (1, 3, 6, 12):
+        chain = factorize(layer, Denil("covariance", across_channels=True), rank)
+        assert [tuple(s.weight.shape) for s in chain] == [(rank, 4, 3, 3), (12, rank, 1, 1)]
+        basis = ridge_dictionary(kernel, telling_positions(kernel, rank), 0.0)
+        best = (basis @ np.linalg.lstsq(basis, filters.T, rcond=None)[0]).T
+        found = chain.dense_weight().reshape(12, 36)
+        torch.testing.assert_close(found, best, rtol=0, atol=1e-8)
+        error = relative_error(found, filters)
+        least = factorize(layer, "channel_svd", rank).dense_weight().reshape(12, 36)
+        assert relative_error(least, filters) - 1e-9 <= error < before
+        before = error
+    planted = normal(36, 5, seed=1) @ normal(5, 12, seed=2)
+    layer.weight.data = planted.T.reshape(12, 4, 3, 3).contiguous()
+    chain = factorize(layer, Denil("covariance", across_channels=True), 5)
+    torch.testing.assert_close(chain.dense_weight(), layer.weight.detach(), rtol=0, atol=1e-9)
+
+
+def test_telling_positions_leave_out_what_others_tell():
+    rows = normal(4, 50)
+    weight = torch.stack([3 * rows[0], 2 * rows[1], 2 * rows[0], rows[2], 2 * rows[1] + rows[0]])
+    kernel = empirical_covariance(weight)
+    first = int(kernel.diagonal().argmax())
+    assert telling_positions(kernel, 1).tolist() == [first]
+    at = telling_positions(kernel, 3)
+    rest = ridge_dictionary(kernel, at, 0.0) @ weight[at]
+    torch.testing.assert_close(rest, weight)
+    assert telling_positions(kernel, 5).tolist() == [0, 1, 2, 3, 4]
+    assert telling_positions(torch.zeros(3, 3), 2).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"telling_positions: expected count in \[1, 5\], got 6"):
+        telling_positions(kernel, 6)
+    with pytest.raises(ValueError, match="kernel 'covariance' with across_channels, got 'gaussian"):
+        Denil(across_channels=True)
+    with pytest.raises(TypeError, match="across_channels a bool, got 1"):
+        Denil("covariance", across_channels=1)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparsecnn.factorize import METHODS, Factorize, LayerProblem, TargetSpeedup, factorize_
+from sparsecnn.factorize import (
+    METHODS,
+    Factorize,
+    LayerProblem,
+    TargetSpeedup,
+    collect_gradients,
+    factorize_,
+)
 from sparsecnn.factorize.timing import placeholder
 from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 
@@ -38,13 +45,19 @@ def trained(digits):
     return model
 
 
+@pytest.fixture(scope="module")
+def gradients(trained, digits):
+    labelled = digits[0][:200], digits[1][:200]
+    return collect_gradients(copy.deepcopy(trained), list(INNER), [labelled])
+
+
 @pytest.mark.parametrize("method", CONVS)
-def test_factors_carry_what_the_network_knows(method, trained, digits):
+def test_factors_carry_what_the_network_knows(method, trained, digits, gradients):
     x = digits[0]
     calib = list(x[:512].split(64))
     model, noise = copy.deepcopy(trained).eval(), copy.deepcopy(trained).eval()
     config = {name: Factorize(method, TargetSpeedup(2)) for name in INNER}
-    report = factorize_(model, config, x[:1], calib, measure=False)
+    report = factorize_(model, config, x[:1], calib, gradients=gradients, measure=False)
     assert all(2 * r.macs <= r.dense_macs for r in report)
     for r in report:
         layer = trained.get_submodule(r.name)

@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-from . import cp, dct, denil, denton, jaderberg, separable, svd, tucker, zhang  # noqa: F401
+from . import (  # noqa: F401
+    cp,
+    dct,
+    denil,
+    denton,
+    jaderberg,
+    mahalanobis,
+    separable,
+    svd,
+    tucker,
+    zhang,
+)

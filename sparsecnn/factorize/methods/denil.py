@@ -17,6 +17,7 @@ from ..solvers.ridge import (
     observed_positions,
     product_of,
     ridge_dictionary,
+    telling_positions,
 )
 
 Kernel = Literal["gaussian", "covariance"]
@@ -34,19 +35,27 @@ class Denil(Method):
     Chain: per channel a fixed filters kh x kw, then a learned 1x1 S a -> T. MACs
     ``S a (kh kw + T) P_out``, S a T learned weights, full rank kh kw, exact there at lam = 0. A
     Gaussian is separable: where the observed positions are all pairs of some rows and some columns
-    (kh, kw > 1, lam = 0), the fixed filters run as kh x 1 and 1 x kw. Denil, Shakibi, Dinh,
-    Ranzato, de Freitas, "Predicting parameters in deep learning", NIPS 2013.
+    (kh, kw > 1, lam = 0), the fixed filters run as kh x 1 and 1 x kw.
+
+    With `across_channels` the positions are those of whole filters, S kh kw of them, and the
+    kernel is the covariance over the layer's T filters; observed are those that tell most
+    (`telling_positions`). Chain: a fixed filters kh x kw over all channels, then a learned 1x1
+    a -> T, the form of `ChannelSVD`: ``a (S kh kw + T) P_out`` MACs, a T learned weights, full rank
+    min(T, S kh kw). At the same rank `ChannelSVD` is closer: its first stage is free. Denil,
+    Shakibi, Dinh, Ranzato, de Freitas, "Predicting parameters in deep learning", NIPS 2013.
 
     Attributes:
         kernel: "gaussian", or "covariance": the second moments of all slices of the layer, which
             fits it better and is not smooth.
         bandwidth: of the Gaussian, in positions.
         lam: ridge.
+        across_channels: one dictionary for whole filters; with kernel "covariance".
     """
 
     kernel: Kernel = "gaussian"
     bandwidth: float = 1.0
     lam: float = 0.0
+    across_channels: bool = False
     name: ClassVar[str] = "denil"
 
     def __post_init__(self) -> None:
@@ -58,9 +67,20 @@ class Denil(Method):
             raise ValueError(f"Denil: expected bandwidth > 0, got {self.bandwidth}")
         if not (math.isfinite(self.lam) and self.lam >= 0):
             raise ValueError(f"Denil: expected lam >= 0, got {self.lam}")
+        if not isinstance(self.across_channels, bool):
+            raise TypeError(
+                f"Denil: expected across_channels a bool, got {self.across_channels!r}"
+            )
+        if self.across_channels and self.kernel != "covariance":
+            raise ValueError(
+                "Denil: expected kernel 'covariance' with across_channels, got "
+                f"{self.kernel!r}: channels have no order in which weights could be smooth"
+            )
 
     def full_ranks(self, p: LayerProblem) -> tuple[int, ...]:
-        """All positions."""
+        """All positions, or as many as there are independent filters."""
+        if self.across_channels:
+            return (min(p.T, p.S * p.kh * p.kw),)
         return (p.kh * p.kw,)
 
     def _product(self, p: LayerProblem, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -69,7 +89,12 @@ class Denil(Method):
         return product_of(observed_positions((p.kh, p.kw), rank), (p.kh, p.kw))
 
     def stages(self, p: LayerProblem, ranks: tuple[int, ...]) -> list[Stage]:
-        """One or two fixed depthwise stages and a learned 1x1."""
+        """One or two fixed depthwise stages, or one that is not, and a learned 1x1."""
+        if self.across_channels:
+            (rank,) = ranks
+            return [
+                Stage(p.S, rank, (p.kh, p.kw), axes="hw", fixed=True), Stage(rank, p.T),
+            ]  # fmt: skip
         wide = p.S * ranks[0]
         pair = self._product(p, ranks[0])
         if pair is None:
@@ -83,6 +108,14 @@ class Denil(Method):
 
     def solve(self, p: LayerProblem, ranks: tuple[int, ...], group: int) -> Factors:
         """The dictionary, and least squares for the weights."""
+        if self.across_channels:
+            filters = p.weight[group].flatten(1).T  # (S kh kw, T)
+            kernel = empirical_covariance(filters)
+            basis = ridge_dictionary(kernel, telling_positions(kernel, ranks[0]), self.lam)
+            learned = filters.T @ torch.linalg.pinv(basis).T
+            return Factors(
+                [basis.T.reshape(-1, p.S, p.kh, p.kw), learned[:, :, None, None]]
+            )
         grid, weight = (p.kh, p.kw), p.weight[group].flatten(2)
         pair = self._product(p, ranks[0])
         if pair is None:

@@ -39,7 +39,11 @@ class Monochromatic(Method):
     """
 
     name: ClassVar[str] = "mono"
-    permuted: ClassVar[tuple[int, ...]] = (2,)
+
+    @property
+    def permuted(self) -> tuple[int, ...]:
+        """The filters, back in their order."""
+        return (2,)
 
     def check(self, p: LayerProblem) -> None:
         """No grouped layers."""
@@ -87,7 +91,11 @@ class _Biclustered(Method):
 
     clusters_in: int = 2
     clusters_out: int = 2
-    permuted: ClassVar[tuple[int, ...]] = (0, 2, 3)
+
+    @property
+    def permuted(self) -> tuple[int, ...]:
+        """Channels by cluster, what is between the clusters, the filters."""
+        return (0, 2, 3)
 
     def __post_init__(self) -> None:
         for name in ("clusters_in", "clusters_out"):

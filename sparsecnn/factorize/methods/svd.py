@@ -157,6 +157,11 @@ class FCSVD(_Matrix):
 
     name: ClassVar[str] = "fc_svd"
 
+    @property
+    def linear(self) -> bool:
+        """Nothing else."""
+        return True
+
     def check(self, p: LayerProblem) -> None:
         """Linear layers only."""
         if not p.linear:

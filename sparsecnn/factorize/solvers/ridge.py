@@ -74,6 +74,40 @@ def observed_positions(grid: tuple[int, int], count: int) -> Tensor:
     return torch.tensor(sorted(taken))
 
 
+def telling_positions(kernel: Tensor, count: int) -> Tensor:
+    """Positions that tell most of the others: (count,) int64, ascending.
+
+    Pivots of the Cholesky decomposition of K: always the one whose variance the ones before
+    explain least. Ties by position.
+
+    Args:
+        kernel: K, (p, p), positive semidefinite.
+        count: 1 to p; those beyond the rank of K tell nothing more.
+
+    Raises:
+        ValueError: count out of range.
+
+    Cost: O(p count^2).
+    """
+    size = len(kernel)
+    if not 1 <= count <= size:
+        raise ValueError(f"telling_positions: expected count in [1, {size}], got {count}")
+    rest = kernel.diagonal().double().clone()
+    factors = torch.zeros(size, count, dtype=torch.float64)
+    taken: list[int] = []
+    for i in range(count):
+        left = rest.clone()
+        left[taken] = -1.0
+        best = int(left.argmax())
+        taken.append(best)
+        pivot = float(rest[best])
+        if pivot > 0:
+            column = kernel[:, best].double() - factors[:, :i] @ factors[best, :i]
+            factors[:, i] = column / pivot**0.5
+            rest = (rest - factors[:, i].square()).clamp(min=0)
+    return torch.tensor(sorted(taken))
+
+
 def product_of(observed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
     """Rows and columns of which the ascending positions are all pairs; None if they are not."""
     rows, columns = (observed // grid[1]).unique(), (observed % grid[1]).unique()

@@ -1,0 +1,91 @@
+"""How much the loss minds a change of each weight: gradients, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecnn._models import evaluating
+
+from .collect import layer_of
+
+Labelled = tuple[Any, Any]
+
+
+def collect_gradients(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Labelled],
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """Root mean square of the loss' gradients over samples: ``sqrt(mean_n (dl_n / dW_p)^2)``.
+
+    The metric of Denton, Zaremba, Bruna, LeCun, Fergus, "Exploiting linear structure within
+    convolutional networks for efficient evaluation", NIPS 2014, section 3.1, whose sum over samples
+    differs by a factor; and the square root of the diagonal of the empirical Fisher information.
+    Runs in evaluation mode; modes and gradients of the network stay as they are.
+
+    Args:
+        model: the network.
+        names: layers, `nn.Conv2d` or `nn.Linear`.
+        batches: (inputs, labels), the inputs a tensor or a tuple of the model's positional
+            arguments; the first dimension of all counts samples.
+        loss_fn: mean loss of outputs and labels.
+
+    Returns:
+        Name to a tensor in float64 on the CPU, shape of the weight.
+
+    Raises:
+        TypeError: batches of another kind, or a layer that is none.
+        ValueError: an unknown name, no sample, or gradients that are not finite.
+
+    Cost: a forward and a backward pass per sample.
+    """
+    what = "collect_gradients"
+    weights = {name: layer_of(model, name, what, "model").weight for name in names}
+    device = next(iter(weights.values())).device if weights else torch.device("cpu")
+    total = {name: torch.zeros(w.shape, dtype=torch.float64) for name, w in weights.items()}
+    frozen = [w for w in weights.values() if not w.requires_grad]
+    count = 0
+    with evaluating(model), torch.enable_grad():
+        try:
+            for w in frozen:
+                w.requires_grad_(True)
+            for inputs, labels in _samples(batches, what, device):
+                loss = loss_fn(model(*inputs), labels)
+                # A layer that this input does not reach has a gradient of 0.
+                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                for name, gradient in zip(weights, found, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient.detach().to("cpu", torch.float64).square()
+                count += 1
+        finally:
+            for w in frozen:
+                w.requires_grad_(False)
+    if not count:
+        raise ValueError(f"{what}: expected at least one sample, got none")
+    for name, squares in total.items():
+        if not bool(torch.isfinite(squares).all()):
+            raise ValueError(f"{what}: expected finite gradients, got NaN or infinity at {name!r}")
+    return {name: (squares / count).sqrt() for name, squares in total.items()}
+
+
+def _samples(
+    batches: Iterable[Labelled], what: str, device: torch.device
+) -> Iterable[tuple[tuple[Any, ...], Any]]:
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"{what}: expected batches of (inputs, labels), got {batch!r:.80}")
+        inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        if not inputs or not isinstance(inputs[0], Tensor):
+            raise TypeError(f"{what}: expected inputs to be tensors, got {batch[0]!r:.80}")
+        for i in range(len(inputs[0])):
+            yield (
+                tuple(x[i : i + 1].to(device) if isinstance(x, Tensor) else x for x in inputs),
+                batch[1][i : i + 1].to(device),
+            )
