@@ -6,6 +6,7 @@ Runs no kernel and needs no GPU, only nvcc (the packages nvidia-cuda-nvcc, -crt,
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -15,49 +16,17 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_resources import (
-    ARCHITECTURES,
     COLUMNS,
     CUDA,
     TABLE,
     Usage,
+    check_usage,
+    committed_table,
     compile_usage,
     find_nvcc,
     nvcc_version,
     parse_usage,
-    rows_of,
 )
-
-# Most registers a thread may take, by kernel: 65536 over the threads that are meant to share an
-# SM. The tiled convolution has two blocks, of 256 threads the largest and of 512 the others.
-BUDGETS = {
-    r"csr_conv2d_tiledI.*Li2ELi32ELi4ELi8E": 128,
-    r"csr_conv2d_tiledI.*Li1ELi(32|16)ELi2ELi16E": 64,
-    r"csr_conv2d_directI": 128,
-    r"csr_conv2d_grad_values_kernelI": 128,
-    # Blocks of 256 threads, two of them to an SM at least.
-    r"depthwise_conv2d_(planes|channels|direct)I": 128,
-    r"pointwise_conv2d_tiledI": 128,
-    # Of the sums, 64 x 64 a warp, 128 lie in registers: 256 threads to an SM. Of the small tile 32.
-    r"pattern_conv2d_2_4_gemmI.*(4WideE|6MiddleE)": 255,
-    r"pattern_conv2d_2_4_gemmI.*5SmallE": 128,
-    r"pattern_conv2d_2_4_(pack|sum)": 64,
-    # 512, 768 or 1024 threads to an SM by the sums of a thread; on tensor cores 256 or 384.
-    r"pattern_conv2d_tiledI.*Li8ELi8ELi1ELi8E": 128,
-    r"pattern_conv2d_tiledI.*(Li4ELi4ELi1ELi8E|Li1ELi4ELi1ELi4E|Li4ELi1ELi4ELi8E)": 80,
-    r"pattern_conv2d_tiledI.*Li1ELi1ELi1ELi8E": 64,
-    r"pattern_conv2d_directI": 128,
-    r"pattern_conv2d_mmaI.*MmaShapeILi4E": 255,
-    r"pattern_conv2d_mmaI.*MmaShapeILi[12]E": 168,
-    # Two blocks of 256 or of 192 (m = 4) threads; blocks of 512, or two of 256.
-    r"winograd_conv2d_denseI.*Li2ELi": 128,
-    r"winograd_conv2d_denseI.*Li4ELi": 168,
-    r"winograd_conv2d_(mma|sparse)I": 128,
-    # The same; and with twice the sums one block to an SM.
-    r"chain_conv2d_fusedI.*Li4EE": 128,
-    r"chain_conv2d_fusedI.*Li8EE": 255,
-    r"chain_conv2d_directI": 128,
-}
-
 
 NVCC = find_nvcc()
 SOURCES = sorted(CUDA.glob("*.cu"))
@@ -90,31 +59,19 @@ def test_compiles_within_budget(
     if "__global__" not in source.read_text():
         assert usage == []
         return
-    assert {u.architecture for u in usage} == set(ARCHITECTURES)
-    for u in usage:
-        print(f"{u.architecture} {u.kernel}: {u.registers} registers, {u.smem_bytes} bytes smem")
-        assert u.spill_bytes == 0 and u.stack_bytes == 0, u
-        budgets = [limit for pattern, limit in BUDGETS.items() if re.search(pattern, u.kernel)]
-        assert len(budgets) == 1, f"expected one register budget for {u.kernel}, got {budgets}"
-        assert u.registers <= budgets[0], u
-    # Another compiler may need another register or two, but has the same kernels.
-    version, committed = committed_table()
-    names = {row.split("\t")[0] for row in rows_of(usage)}
-    want = {row for row in committed if row.split("\t")[0] in names}
-    if version == nvcc_version(NVCC):
-        remedy = "run `python -m tests.cuda_resources`"
-        assert set(rows_of(usage)) == want, f"{TABLE.name} is out of date; {remedy}"
-    else:
-        assert {row.split("\t")[0] for row in want} == names
+    check_usage(usage, nvcc_version(NVCC))
 
 
-def committed_table() -> tuple[str, list[str]]:
-    """The compiler's version and the rows of the committed table."""
-    head, columns, *rows = TABLE.read_text().splitlines()
-    assert columns == "\t".join(COLUMNS)
-    found = re.match(r"# nvcc (.*);", head)
-    assert found, head
-    return found[1], rows
+def test_check_finds_what_is_wrong() -> None:
+    good = Usage("_Z17csr_conv2d_directIfE", "sm_80", 64, 0, 0, 0)
+    twin = dataclasses.replace(good, architecture="sm_90a")
+    for change in ({"registers": 129}, {"spill_bytes": 8}, {"stack_bytes": 8}, {"kernel": "_Z1k"}):
+        with pytest.raises(AssertionError):
+            check_usage([dataclasses.replace(good, **change), twin], "another")
+    with pytest.raises(AssertionError):
+        check_usage([good], "another")
+    with pytest.raises(AssertionError, match="same kernels"):
+        check_usage([good, twin], "another")
 
 
 def test_the_table_has_no_spill_and_no_kernel_that_is_gone() -> None:
