@@ -31,11 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.digits_training import BATCH, Context, accuracy_of, dense_networks, fit
 from bench.run import json_path, write_results
 from sparsecnn.factorize import (
+    FCSVD,
     ChannelSVD,
+    Denil,
     Factorize,
+    Mahalanobis,
     PCAEnergyGlobal,
     TargetSpeedup,
     Zhang,
+    collect_gradients,
     compact_maps_,
     factorize_,
     kim,
@@ -45,6 +49,8 @@ from sparsecnn.nn import FactorizedConv2d
 
 TUNING = 10
 TUNING_RATE = 0.01
+GRADIENTS = 600
+"""Training images whose gradients are taken one by one."""
 
 
 class WideDigitsNet(nn.Sequential):
@@ -121,10 +127,14 @@ def _linear(context: Context, model: nn.Module, speedup: float) -> None:
 
 
 def _linear_cov(context: Context, model: nn.Module, speedup: float) -> None:
-    from sparsecnn.factorize import FCSVD
-
     config = {"12": Factorize(FCSVD(metric="cov"), TargetSpeedup(speedup))}
     factorize_(model, config, calibration(context)[0], calibration(context), measure=False)
+
+
+def _mahalanobis(context: Context, model: nn.Module, speedup: float) -> None:
+    labelled = [tuple(part[:GRADIENTS] for part in context.data.train.tensors)]
+    gradients = collect_gradients(model, INNER, labelled)
+    plain(Mahalanobis("channel_svd"), gradients=gradients)(context, model, speedup)
 
 
 def _global(context: Context, model: nn.Module, speedup: float) -> None:
@@ -147,6 +157,7 @@ def _circulant(context: Context, model: nn.Module, speedup: float) -> None:
 JOBS = (
     Job("channel_svd", plain("channel_svd")),
     Job("channel_svd, cov", plain(ChannelSVD(metric="cov"))),
+    Job("channel_svd, mahalanobis", _mahalanobis),
     Job("tucker2", plain("tucker2")),
     Job("tucker4", plain("tucker4")),
     Job("vh", plain("vh")),
@@ -158,6 +169,7 @@ JOBS = (
     Job("rigamonti", plain("rigamonti")),
     Job("dct", plain("dct")),
     Job("denil", plain("denil")),
+    Job("denil, across channels", plain(Denil("covariance", across_channels=True))),
     Job("zhang", plain("zhang", order="layerwise")),
     Job("zhang, PCA energy", _global),
     Job("mono", plain("mono")),

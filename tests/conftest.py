@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import sys
@@ -61,6 +62,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Processes beside each other share the cores."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the items of the run, tens of thousands of objects each, out of garbage collections.
+
+    They live to the end. A full collection took half a second with them, and tests of memory ask
+    for two each.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache
