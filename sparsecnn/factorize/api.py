@@ -152,6 +152,24 @@ def solve(
     return assemble(p, method, ranks, factors, like), note
 
 
+def take_place(made: Factorized, layer: nn.Module) -> None:
+    """Give a factorized layer what its layer has: mode, hooks, what trains, memory format."""
+    inherit(made, layer)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    for stage in made.modules():
+        stage.training = layer.training
+        if isinstance(stage, (nn.Conv2d, nn.Linear)):
+            if not weight.requires_grad:
+                stage.weight.requires_grad_(False)
+            if stage.bias is not None:
+                own = weight if bias is None else bias
+                stage.bias.requires_grad_(bool(own.requires_grad))
+    last = torch.channels_last
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=last) > weight.is_contiguous():
+        made.to(memory_format=last)  # type: ignore[call-overload]
+
+
 @torch.no_grad()
 def factorize(
     layer: nn.Module | Tensor,
@@ -184,7 +202,7 @@ def factorize(
         seed: of the methods that draw random starts: same seed, same bits.
 
     Returns:
-        A `FactorizedConv2d` or `FactorizedLinear` with the layer's flags and hooks.
+        A `FactorizedConv2d` or `FactorizedLinear` with the layer's flags, hooks and memory format.
 
     Raises:
         UnsupportedLayer: a layer that the method cannot take.
@@ -206,9 +224,7 @@ def factorize(
     weight = module.weight
     assert isinstance(weight, Tensor)
     made, _ = solve(p, method_of(method), ranks, weight)
-    inherit(made, module)
-    for stage in made.modules():
-        stage.training = module.training
+    take_place(made, module)
     return made
 
 

@@ -14,7 +14,7 @@ from sparsecnn._models import evaluating, progress_bar
 from sparsecnn.measure.batchnorm import recalibrate_batchnorm
 from sparsecnn.nn._common import inherit
 
-from .api import Factorize, Factorized, NoGain, check_layer, solve
+from .api import Factorize, Factorized, NoGain, check_layer, solve, take_place
 from .arguments import (
     Config,
     FilterFn,
@@ -281,9 +281,7 @@ class _Run:
         weight = site.module.weight
         assert isinstance(weight, Tensor)
         layer, entry.note = solve(p, method, ranks, weight)
-        inherit(layer, site.module)
-        for stage in layer.modules():
-            stage.training = site.module.training
+        take_place(layer, site.module)
         stages = method.stages(p, ranks)
         entry.ranks = ranks
         entry.macs, entry.params = chain_macs(p, stages), chain_params(p, stages)
@@ -317,6 +315,9 @@ class _Run:
     def _reconstruct(self, name: str) -> None:
         assert self.reference is not None and self.calib is not None
         chain = self.model.get_submodule(name)
+        if not any(p.requires_grad for p in chain.parameters()):
+            self.report.notes.append(f"not reconstructed {name}: its weights are frozen")
+            return
         pairs = layer_inputs(self.model, name, self.calib, reference=self.reference)
         original = self.reference.get_submodule(name)
         before, after = reconstruct_(

@@ -20,6 +20,7 @@ from sparsecnn.factorize import (
     Sensitivity,
     TargetSpeedup,
     UnsupportedLayer,
+    factorize,
     factorize_,
 )
 from sparsecnn.factorize.global_ranks import share
@@ -57,8 +58,12 @@ X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 CALIB = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
+def run_on(model, config, x, **options):
+    return factorize_(model, config, x, measure=False, **options)
+
+
 def run(model, config, **options):
-    return factorize_(model, config, X, measure=False, **options)
+    return run_on(model, config, X, **options)
 
 
 def test_full_ranks_compute_the_same_and_the_report_is_complete():
@@ -343,6 +348,32 @@ def test_flags_and_hooks_are_kept():
     model(X)
     assert called == [1] and model.conv1.training and not model.conv2.training
     assert all(not m.training for m in model.conv2.modules())
+
+
+def test_what_trains_and_the_memory_format_are_kept():
+    for frozen in ("weight", "bias"):
+        model = net()
+        getattr(model.conv1, frozen).requires_grad_(False)
+        model.fc.requires_grad_(False)
+        config = {"_default": Factorize("tucker2", 4), "fc": Factorize("fc_svd", 3)}
+        run(model, config)
+        weights = [stage.weight.requires_grad for stage in model.conv1]
+        assert weights == [frozen != "weight"] * 3
+        assert model.conv1[-1].bias.requires_grad == (frozen != "bias")
+        assert all(p.requires_grad for p in model.conv2.parameters())
+        assert not any(p.requires_grad for p in model.fc.parameters())
+    model = net().to(memory_format=torch.channels_last)
+    run(model, Factorize("tucker2", 4))
+    core = model.conv2[1].weight
+    assert core.is_contiguous(memory_format=torch.channels_last) and not core.is_contiguous()
+    assert all(stage.weight.is_contiguous() for stage in factorize(net().conv2, "tucker2", 4))
+    # Zhang's chain has a bias where the layer had none; it trains as the weight does.
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False)).requires_grad_(False)
+    x = torch.randn(64, 8, 5, 5)
+    report = run_on(model, Factorize("zhang", 3), x, calib=[x], reconstruct=5)
+    assert isinstance(model[0], FactorizedConv2d) and model[0][-1].bias is not None
+    assert not any(p.requires_grad for p in model.parameters())
+    assert "not reconstructed 0: its weights are frozen" in report.notes
 
 
 def test_half_precision_layers_are_fitted_in_double_and_stored_in_half():
