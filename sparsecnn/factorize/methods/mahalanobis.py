@@ -34,8 +34,9 @@ class Mahalanobis(Method):
 
     Measure before relying on it: a sum of squares of single changes knows nothing of how errors of
     many weights add up. On 32-64-64 networks that fit their 8x8 digits, ``||alpha (W - W_hat)||``
-    fell by 3 to 9 %, while the loss before fine-tuning mostly rose, at a quarter of the MACs from
-    0.43 to 0.70 (`ChannelSVD`) and from 0.16 to 0.24 (`VH`) on one of three seeds.
+    fell by 3 to 9 %, while the loss before fine-tuning, with batch norms as they were, mostly rose,
+    at a quarter of the MACs from 0.43 to 0.70 (`ChannelSVD`) and from 0.16 to 0.24 (`VH`) on one of
+    three seeds.
 
     Attributes:
         base: name or method, on weights and without a fixed basis.
