@@ -175,7 +175,8 @@ def check_usage(usage: Sequence[Usage], version: str) -> None:
         AssertionError: a spill, too many registers, an architecture that is missing, or another
             row in the table.
     """
-    assert {u.architecture for u in usage} == set(ARCHITECTURES)
+    found = {u.architecture for u in usage}
+    assert found == set(ARCHITECTURES), f"expected {ARCHITECTURES}, got {sorted(found)}"
     for u in usage:
         assert u.spill_bytes == 0 and u.stack_bytes == 0, u
         budgets = [limit for pattern, limit in BUDGETS.items() if re.search(pattern, u.kernel)]

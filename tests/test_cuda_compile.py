@@ -12,14 +12,17 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cuda_resources import (
+    ARCHITECTURES,
     COLUMNS,
     CUDA,
     TABLE,
     Usage,
+    check_log,
     check_usage,
     committed_table,
     compile_usage,
@@ -63,15 +66,37 @@ def test_compiles_within_budget(
 
 
 def test_check_finds_what_is_wrong() -> None:
-    good = Usage("_Z17csr_conv2d_directIfE", "sm_80", 64, 0, 0, 0)
-    twin = dataclasses.replace(good, architecture="sm_90a")
-    for change in ({"registers": 129}, {"spill_bytes": 8}, {"stack_bytes": 8}, {"kernel": "_Z1k"}):
-        with pytest.raises(AssertionError):
-            check_usage([dataclasses.replace(good, **change), twin], "another")
-    with pytest.raises(AssertionError):
-        check_usage([good], "another")
-    with pytest.raises(AssertionError, match="same kernels"):
-        check_usage([good, twin], "another")
+    version, rows = committed_table()
+    (row,) = [row for row in rows if row.startswith("csr_conv2d_direct<float>\t")]
+    good = [
+        Usage("_Z17csr_conv2d_directIfEvv", architecture, int(count), 0, 0, 0)
+        for architecture, count in zip(ARCHITECTURES, row.split("\t")[1:3], strict=True)
+    ]
+    check_usage(good, version)
+
+    def changed(**change: Any) -> list[Usage]:
+        return [dataclasses.replace(usage, **change) for usage in good]
+
+    for wrong, message in (
+        (changed(registers=129), "registers=129"),
+        (changed(spill_bytes=8), "spill_bytes=8"),
+        (changed(stack_bytes=8), "stack_bytes=8"),
+        (changed(kernel="_Z1kIfEvv"), "one register budget"),
+        (changed(kernel="_Z17csr_conv2d_directIcEvv"), "the same kernels"),
+        (changed(registers=good[0].registers + 1), "is out of date"),
+        (good[:1], r"got \['sm_80'\]"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            check_usage(wrong, version)
+    check_usage(changed(registers=good[0].registers + 1), "another compiler")
+    log = """ptxas info    : Compiling entry function '_Z17csr_conv2d_directIfEvv' for '{}'
+ptxas info    : Function properties for _Z17csr_conv2d_directIfEvv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used {} registers
+"""
+    whole = "".join(log.format(usage.architecture, usage.registers) for usage in good)
+    with pytest.raises(AssertionError, match=r"expected all kernels of .* in the log"):
+        check_log(whole, version)
 
 
 def test_the_table_has_no_spill_and_no_kernel_that_is_gone() -> None:
