@@ -166,8 +166,9 @@ def take_place(made: Factorized, layer: nn.Module) -> None:
                 own = weight if bias is None else bias
                 stage.bias.requires_grad_(bool(own.requires_grad))
     last = torch.channels_last
-    if weight.dim() == 4 and weight.is_contiguous(memory_format=last) > weight.is_contiguous():
-        made.to(memory_format=last)  # type: ignore[call-overload]
+    if weight.dim() == 4 and not weight.is_contiguous():
+        if weight.is_contiguous(memory_format=last):
+            made.to(memory_format=last)  # type: ignore[call-overload]
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def collect_gradients(
         model: the network.
         names: layers, `nn.Conv2d` or `nn.Linear`.
         batches: (inputs, labels), the inputs a tensor or a tuple of the model's positional
-            arguments; the first dimension of all counts samples.
+            arguments, the labels a tensor; the first dimension of all counts samples.
         loss_fn: mean loss of outputs and labels.
 
     Returns:
@@ -42,12 +42,16 @@ def collect_gradients(
 
     Raises:
         TypeError: batches of another kind, or a layer that is none.
-        ValueError: an unknown name, no sample, or gradients that are not finite.
+        ValueError: an unknown name, masks or parametrizations, no sample, another number of labels
+            than samples, or gradients that are not finite.
 
     Cost: a forward and a backward pass per sample.
     """
     what = "collect_gradients"
     weights = {name: layer_of(model, name, what, "model").weight for name in names}
+    for name, w in weights.items():
+        if not isinstance(w, nn.Parameter):  # computed anew in every pass: no gradient reaches this
+            raise ValueError(f"{what}: expected plain weights at {name!r}, got masked ones")
     device = next(iter(weights.values())).device if weights else torch.device("cpu")
     total = {name: torch.zeros(w.shape, dtype=torch.float64) for name, w in weights.items()}
     frozen = [w for w in weights.values() if not w.requires_grad]
@@ -84,8 +88,16 @@ def _samples(
         inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise TypeError(f"{what}: expected inputs to be tensors, got {batch[0]!r:.80}")
+        labels = batch[1]
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{what}: expected labels to be a tensor, got {labels!r:.80}")
+        if labels.shape[:1] != inputs[0].shape[:1]:
+            raise ValueError(
+                f"{what}: expected a label for each sample, got inputs {tuple(inputs[0].shape)} "
+                f"and labels {tuple(labels.shape)}"
+            )
         for i in range(len(inputs[0])):
             yield (
                 tuple(x[i : i + 1].to(device) if isinstance(x, Tensor) else x for x in inputs),
-                batch[1][i : i + 1].to(device),
+                labels[i : i + 1].to(device),
             )

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,8 +37,8 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=source, dtype=torch.float64)
 
 
-def conv(groups=1, seed=0) -> nn.Conv2d:
-    layer = nn.Conv2d(8, 12, 3, padding=1, groups=groups, dtype=torch.float64)
+def conv(groups=1, seed=0, size=(8, 12)) -> nn.Conv2d:
+    layer = nn.Conv2d(*size, 3, padding=1, groups=groups, dtype=torch.float64)
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()):
             p.copy_(normal(*p.shape, seed=seed + i))
@@ -54,16 +55,16 @@ def product(layer, seed=7):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("base", BASES, ids=str)
 def test_full_rank_equals_dense(base, groups):
-    layer, method = conv(groups), Mahalanobis(base)
+    layer, method = conv(groups, size=(4, 6)), Mahalanobis(base)
     p = LayerProblem.of(layer)
     if groups > 1 and str(method).split(",")[0] in UNGROUPED:
         with pytest.raises(UnsupportedLayer, match="expected groups 1"):
             factorize(layer, method, method.full_ranks(p), gradients=product(layer))
         return
-    x = normal(2, 8, 7, 7)
+    x = normal(2, 4, 7, 7)
     chain = factorize(layer, method, method.full_ranks(p), gradients=product(layer))
     torch.testing.assert_close(chain(x), layer(x), rtol=0, atol=1e-8)
-    low = tuple(max(1, r // 3) for r in method.full_ranks(p))
+    low = tuple(max(1, r // 8) for r in method.full_ranks(p))
     chain = factorize(layer, method, low, gradients=product(layer))
     plain = factorize(layer, base, low)
     assert [type(s) for s in chain] == [type(s) for s in plain] and chain.ranks == plain.ranks
@@ -141,6 +142,12 @@ def labelled(n=6):
     return x, torch.arange(n) % 4
 
 
+def masked() -> Net:
+    model = Net()
+    nn.utils.prune.random_unstructured(model.conv, "weight", 0.5)
+    return model
+
+
 def test_collected_gradients_are_those_of_single_samples():
     torch.manual_seed(0)
     model = Net().train()
@@ -209,6 +216,12 @@ def test_a_network_in_the_metric_of_its_loss():
         (lambda: collect_gradients(Net(), ["conv"], []), ValueError, "at least one sample, got"),
         (lambda: collect_gradients(Net(), ["conv"], [labelled()[0]]), TypeError, "inputs, labels"),
         (lambda: collect_gradients(Net(), ["conv"], [("x", 1)]), TypeError, "tensors, got 'x'"),
+        (lambda: collect_gradients(Net(), ["conv"], [(labelled()[0], [1] * 6)]), TypeError,
+         r"labels to be a tensor, got \[1"),
+        (lambda: collect_gradients(Net(), ["conv"], [(labelled()[0], labelled()[1][:4])]),
+         ValueError, r"inputs \(6, 3, 8, 8\) and labels \(4,\)"),
+        (lambda: collect_gradients(masked(), ["conv"], [labelled()]), ValueError,
+         "plain weights at 'conv', got masked ones"),
         (lambda: collect_gradients(
             Net(), ["conv"], [labelled()], loss_fn=lambda out, y: (out / 0).sum()
         ), ValueError, "finite gradients, got NaN or infinity at 'conv'"),
