@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+CHUNK = 16  # samples whose gradients of all weights are held at a time
 
 
 def positional(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
@@ -50,6 +53,43 @@ def progress_bar(shown: bool, title: str, total: int) -> Iterator[Callable[[], N
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    weights: dict[str, Tensor],
+    arguments: tuple[Any, ...],
+    samples: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the losses of some samples at a time, (samples, shape of W) by name.
+
+    Args:
+        model: the network, in evaluation mode; its own gradients stay as they are.
+        loss_fn: mean loss of outputs and labels.
+        weights: by their names as parameters of the model.
+        arguments: the model's positional arguments, then the labels; the first dimension of
+            tensors counts samples.
+        samples: how many.
+    """
+
+    def loss(values: dict[str, Tensor], *sample: Any) -> Tensor:
+        one = [x[None] if isinstance(x, Tensor) else x for x in sample]  # a batch of one
+        return loss_fn(functional_call(model, values, tuple(one[:-1])), one[-1])
+
+    gradient = grad(loss)
+    rows = tuple(0 if isinstance(x, Tensor) else None for x in arguments)
+    batched = vmap(gradient, in_dims=(None, *rows))
+    for start in range(0, samples, CHUNK):
+        stop = min(start + CHUNK, samples)
+        part = [x[start:stop] if isinstance(x, Tensor) else x for x in arguments]
+        try:
+            yield batched(weights, *part)
+        except RuntimeError:
+            # Control flow that looks at values cannot run for several samples at once.
+            for n in range(stop - start):
+                sample = [x[n] if isinstance(x, Tensor) else x for x in part]
+                yield {name: g[None] for name, g in gradient(weights, *sample).items()}
 
 
 def refuse_sparse_layers(model: nn.Module, what: str) -> None:

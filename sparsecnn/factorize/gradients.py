@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecnn._models import evaluating
+from sparsecnn._models import evaluating, per_sample_gradients
 
 from .collect import layer_of
 
@@ -45,7 +45,8 @@ def collect_gradients(
         ValueError: an unknown name, masks or parametrizations, no sample, another number of labels
             than samples, or gradients that are not finite.
 
-    Cost: a forward and a backward pass per sample.
+    Cost: a forward and a backward pass per sample, a few samples at a time; their gradients of all
+    these weights are held together.
     """
     what = "collect_gradients"
     weights = {name: layer_of(model, name, what, "model").weight for name in names}
@@ -54,23 +55,15 @@ def collect_gradients(
             raise ValueError(f"{what}: expected plain weights at {name!r}, got masked ones")
     device = next(iter(weights.values())).device if weights else torch.device("cpu")
     total = {name: torch.zeros(w.shape, dtype=torch.float64) for name, w in weights.items()}
-    frozen = [w for w in weights.values() if not w.requires_grad]
+    parameters = {f"{name}.weight".removeprefix("."): w.detach() for name, w in weights.items()}
     count = 0
-    with evaluating(model), torch.enable_grad():
-        try:
-            for w in frozen:
-                w.requires_grad_(True)
-            for inputs, labels in _samples(batches, what, device):
-                loss = loss_fn(model(*inputs), labels)
-                # A layer that this input does not reach has a gradient of 0.
-                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                for name, gradient in zip(weights, found, strict=True):
-                    if gradient is not None:
-                        total[name] += gradient.detach().to("cpu", torch.float64).square()
-                count += 1
-        finally:
-            for w in frozen:
-                w.requires_grad_(False)
+    with evaluating(model):
+        for arguments in _checked(batches, what, device):
+            samples = len(arguments[0])
+            count += samples
+            for found in per_sample_gradients(model, loss_fn, parameters, arguments, samples):
+                for squares, gradient in zip(total.values(), found.values(), strict=True):
+                    squares += gradient.detach().to("cpu", torch.float64).square().sum(0)
     if not count:
         raise ValueError(f"{what}: expected at least one sample, got none")
     for name, squares in total.items():
@@ -79,16 +72,18 @@ def collect_gradients(
     return {name: (squares / count).sqrt() for name, squares in total.items()}
 
 
-def _samples(
+def _checked(
     batches: Iterable[Labelled], what: str, device: torch.device
-) -> Iterable[tuple[tuple[Any, ...], Any]]:
+) -> Iterator[tuple[Any, ...]]:
+    """The model's positional arguments and the labels of every batch."""
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError(f"{what}: expected batches of (inputs, labels), got {batch!r:.80}")
-        inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        inputs, labels = batch
+        if not isinstance(inputs, tuple):
+            inputs = (inputs,)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise TypeError(f"{what}: expected inputs to be tensors, got {batch[0]!r:.80}")
-        labels = batch[1]
         if not isinstance(labels, Tensor):
             raise TypeError(f"{what}: expected labels to be a tensor, got {labels!r:.80}")
         if labels.shape[:1] != inputs[0].shape[:1]:
@@ -96,8 +91,4 @@ def _samples(
                 f"{what}: expected a label for each sample, got inputs {tuple(inputs[0].shape)} "
                 f"and labels {tuple(labels.shape)}"
             )
-        for i in range(len(inputs[0])):
-            yield (
-                tuple(x[i : i + 1].to(device) if isinstance(x, Tensor) else x for x in inputs),
-                labels[i : i + 1].to(device),
-            )
+        yield tuple(x.to(device) if isinstance(x, Tensor) else x for x in (*inputs, labels))

@@ -21,8 +21,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from sparsecnn._models import per_sample_gradients
 
 from .activations import refuse_coupled_samples, tensors_in
 from .calibration import Session, batch_size, observed, register_collector
@@ -30,7 +32,6 @@ from .targets import Target
 
 Mode = Literal["backprop", "levenberg", "exact", "hutchinson", "fisher"]
 EXACT_LIMIT = 100_000  # weights; one backward pass each
-CHUNK = 16  # samples whose gradients of all weights are held at a time
 _ELEMENTWISE = frozenset(
     {"relu", "relu_", "relu6", "leaky_relu", "hardtanh", "tanh", "sigmoid", "softplus", "elu"}
     | {"selu", "celu", "gelu", "silu", "mish", "logsigmoid", "hardswish", "hardsigmoid"}
@@ -146,7 +147,9 @@ def _squared_gradients(session: Session, targets: Sequence[Target]) -> dict[Targ
         for inputs, labels in session.each():
             if not isinstance(labels, Tensor):
                 raise TypeError(f"hessian: expected labels to be a tensor, got {labels!r:.80}")
-            for found in _per_sample(session, weights, (*inputs, labels), batch_size(inputs)):
+            for found in per_sample_gradients(
+                session.model, session.loss_fn, weights, (*inputs, labels), batch_size(inputs)
+            ):
                 for t in targets:
                     value = found[names[t]].detach().double().square().sum(0)
                     total[t] += value.to("cpu") / session.samples
@@ -154,30 +157,6 @@ def _squared_gradients(session: Session, targets: Sequence[Target]) -> dict[Targ
         for owner, weight in kept:
             owner.weight = weight
     return total
-
-
-def _per_sample(
-    session: Session, weights: dict[str, Tensor], arguments: tuple[Any, ...], samples: int
-) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the losses of some samples at a time, (samples, shape of W) by name."""
-
-    def loss(values: dict[str, Tensor], *sample: Any) -> Tensor:
-        one = [x[None] if isinstance(x, Tensor) else x for x in sample]  # a batch of one
-        return session.loss_fn(functional_call(session.model, values, tuple(one[:-1])), one[-1])
-
-    gradient = grad(loss)
-    rows = tuple(0 if isinstance(x, Tensor) else None for x in arguments)
-    batched = vmap(gradient, in_dims=(None, *rows))
-    for start in range(0, samples, CHUNK):
-        stop = min(start + CHUNK, samples)
-        part = [x[start:stop] if isinstance(x, Tensor) else x for x in arguments]
-        try:
-            yield batched(weights, *part)
-        except RuntimeError:
-            # Control flow that looks at values cannot run for several samples at once.
-            for n in range(stop - start):
-                sample = [x[n] if isinstance(x, Tensor) else x for x in part]
-                yield {name: g[None] for name, g in gradient(weights, *sample).items()}
 
 
 class _Step:
