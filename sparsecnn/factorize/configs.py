@@ -129,7 +129,7 @@ def _text(value: object) -> str:
 
 def _rank_to_value(rank: object) -> Any:
     if isinstance(rank, (int, tuple)):
-        return list(rank) if isinstance(rank, tuple) else rank
+        return _plain(rank)
     name = type(rank).__name__
     if _POLICIES.get(name) is not type(rank):
         raise ValueError(

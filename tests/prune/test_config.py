@@ -30,6 +30,7 @@ from sparsecnn.prune import (
     sparsity,
 )
 
+from ..toml import to_toml
 from .nets import digits_net, mixed, weights
 
 
@@ -50,18 +51,6 @@ CONFIGS = [
     {"conv1": None, "re:conv[23]": Magnitude(sparsity=0.5), "_default": Random(sparsity=0.1)},
     {"fc1": None, "conv2": Magnitude(sparsity=0.5)},
 ]
-
-
-def to_toml(data, prefix=""):
-    """Enough TOML for flat and one-level mappings; what cannot be written raises."""
-    lines, tables = [], []
-    for key, value in data.items():
-        if isinstance(value, dict):
-            tables += [f"[{json.dumps(key)}]", to_toml(value)]
-        else:
-            assert isinstance(value, (str, int, float)), value
-            lines.append(f"{json.dumps(key)} = {json.dumps(value)}")
-    return "\n".join(lines + tables)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
