@@ -170,7 +170,7 @@ class _Run:
             if isinstance(config.rank, GlobalPolicy):
                 groups.setdefault(config, []).append(name)
         names = [name for of_config in groups.values() for name in of_config]
-        moments = self._moments(names)
+        moments = self._moments([name for name in names if needs_data(self.chosen[name])])
         for name in names:
             try:
                 problem = self._problem(name, moments)
@@ -187,7 +187,7 @@ class _Run:
     def one_shot(self, tick: Callable[[], None]) -> None:
         """All factorizations first, on the network as it is; then the replacements."""
         known = {n: p.moments for n, p in self.problems.items() if p.moments is not None}
-        moments = known | self._moments([name for name in self.chosen if name not in known])
+        moments = known | self._moments([n for n in self._on_data(self.chosen) if n not in known])
         made = {}
         for name in self.chosen:
             made[name] = self._factorize(name, moments)
@@ -205,7 +205,7 @@ class _Run:
         """One layer after the other, each on the network as it has become."""
         self.problems.clear()  # moments of the network as it was
         for name in self.chosen:
-            layer = self._factorize(name, self._moments([name]))
+            layer = self._factorize(name, self._moments(self._on_data([name])))
             if layer is not None:
                 self._replace(name, layer)
                 if self.reconstruct:
@@ -224,9 +224,13 @@ class _Run:
             recalibrate_batchnorm(self.model, self.calib)
             self.report.notes.append(f"re-estimated {len(norms)} batch norms")
 
+    def _on_data(self, names: Iterable[str]) -> list[str]:
+        """The layers whose method itself, not only the policy of its ranks, works on data."""
+        return [name for name in names if method_of(self.chosen[name].method).needs_data]
+
     def _moments(self, names: Sequence[str]) -> dict[str, Moments]:
-        """What the data say of those layers whose config asks for it, in one pass."""
-        wanted = [n for n in names if needs_data(self.chosen[n]) and not self.sites[n].obstacle]
+        """What the data say of layers, in one pass; nothing of those that cannot be factorized."""
+        wanted = [name for name in names if not self.sites[name].obstacle]
         if self.calib is None or not wanted:
             return {}
         return collect_moments(

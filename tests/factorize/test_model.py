@@ -324,6 +324,14 @@ def test_ranks_by_all_responses_take_one_pass_over_the_data():
     assert all(r.ranks for r in report)
     surveyed = 1 + 2 * 2  # of the example; before and after each of two folded batch norms
     assert len(passes) <= surveyed + len(CALIB)
+    # Only the ranks need the data here: not once more for every layer.
+    model, passes = net(), []
+    model.conv1.register_forward_hook(lambda *_: passes.append(1))
+    config = Factorize("channel_svd", PCAEnergyGlobal(2.0), min_gain=1e-9)
+    report = run(
+        model, config, calib=CALIB, recalibrate=False, order="layerwise", asymmetric=False
+    )
+    assert all(r.ranks for r in report) and len(passes) == 1 + len(CALIB)
 
 
 def test_sensitivity_gives_the_rank_to_the_layer_that_needs_it():
